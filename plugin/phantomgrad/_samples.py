@@ -1,0 +1,108 @@
+"""How the entries of a state group into samples.
+
+A map that treats the entries along `batch_dim` independently has one fixed point per sample: each converges, fails and
+is measured by itself. A map that couples them (`batch_dim=None`) is one sample: one norm, one stop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from phantomgrad._errors import StateMismatchError
+from phantomgrad._state import Leaves, describe
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Samples:
+    """The samples of a state with these leaves along `batch_dim`.
+
+    Norms are taken over all leaves of a sample together and accumulate in float32 or better.
+    """
+
+    def __init__(self, leaves: Leaves, batch_dim: int | None) -> None:
+        self.device = leaves[0].device
+        self.shapes = tuple(leaf.shape for leaf in leaves)
+        self.dtypes = tuple(leaf.dtype for leaf in leaves)
+        dtype = leaves[0].dtype
+        for other in self.dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        self.dtype = torch.float32 if dtype in _HALF else dtype
+        """The dtype in which small systems, norms and tolerances are computed."""
+        if all(leaf.dim() == 0 for leaf in leaves):
+            batch_dim = None
+        self._batch_dims = tuple(_batch_dim(leaf, batch_dim) for leaf in leaves)
+        sizes = {1 if dim is None else leaf.shape[dim] for leaf, dim in zip(leaves, self._batch_dims, strict=True)}
+        if len(sizes) > 1:
+            raise StateMismatchError(
+                f"The tensors of the state have different sizes along batch_dim={batch_dim}: {describe(leaves)}. "
+                "Pass the dimension along which the map treats samples independently, or batch_dim=None if it couples them."
+            )
+        self.count = sizes.pop()
+        self._reduced = tuple(
+            None if dim is None else tuple(d for d in range(leaf.dim()) if d != dim)
+            for leaf, dim in zip(leaves, self._batch_dims, strict=True)
+        )
+
+    def norm(self, leaves: Leaves) -> Tensor:
+        """The Euclidean norm of every sample over all its tensors, shape (count,), real."""
+        norms = [self._norm(leaf, dims) for leaf, dims in zip(leaves, self._reduced, strict=True)]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+    def _norm(self, leaf: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+        if dims is None:
+            return torch.linalg.vector_norm(leaf, dtype=self.dtype).reshape(1)
+        if not dims:  # an empty tuple of dimensions would mean all of them
+            return leaf.to(self.dtype).abs()
+        return torch.linalg.vector_norm(leaf, dim=dims, dtype=self.dtype)
+
+    def where(self, mask: Tensor, chosen: Leaves, other: Leaves) -> Leaves:
+        """`chosen` for the samples in `mask` (count,), `other` for the rest."""
+        return tuple(
+            torch.where(self._broadcast(mask, leaf, dim), leaf, rest)
+            for leaf, rest, dim in zip(chosen, other, self._batch_dims, strict=True)
+        )
+
+    @staticmethod
+    def _broadcast(mask: Tensor, leaf: Tensor, dim: int | None) -> Tensor:
+        shape = [1] * leaf.dim()
+        if dim is not None:
+            shape[dim] = -1
+        return mask.reshape(shape)
+
+    def to_matrix(self, leaves: Leaves) -> Tensor:
+        """All tensors side by side as one matrix of shape (count, entries per sample), in `self.dtype`."""
+        rows = [
+            (leaf if dim is None else leaf.movedim(dim, 0)).reshape(self.count, -1).to(self.dtype)
+            for leaf, dim in zip(leaves, self._batch_dims, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def from_matrix(self, matrix: Tensor) -> Leaves:
+        """The leaves that `to_matrix` would lay out as `matrix`, in their own dtypes."""
+        leaves: list[Tensor] = []
+        start = 0
+        for shape, dtype, dim in zip(self.shapes, self.dtypes, self._batch_dims, strict=True):
+            width = math.prod(shape) // max(self.count, 1)
+            rows = matrix[:, start : start + width].to(dtype)
+            start += width
+            if dim is None:
+                leaves.append(rows.reshape(shape))
+            else:
+                moved = (shape[dim], *shape[:dim], *shape[dim + 1 :])
+                leaves.append(rows.reshape(moved).movedim(0, dim))
+        return tuple(leaves)
+
+
+def _batch_dim(leaf: Tensor, batch_dim: int | None) -> int | None:
+    if batch_dim is None:
+        return None
+    if not -leaf.dim() <= batch_dim < leaf.dim():
+        raise StateMismatchError(
+            f"The state has no dimension batch_dim={batch_dim}: {describe(leaf)}. Pass the dimension along which the "
+            "map treats samples independently, or batch_dim=None if it couples them."
+        )
+    return batch_dim % leaf.dim()
