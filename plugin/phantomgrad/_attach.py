@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -59,7 +58,7 @@ def attach(
 
     Raises AttachError if the module is attached already, is no module, or has no such argument.
     """
-    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(module, nn.Module):
         raise AttachError(
             f"attach takes an nn.Module, got {describe_type(module)}. For a function use fixed_point or @equilibrium."
         )
@@ -189,7 +188,7 @@ class Attachment(Bound):
         return self._report.unconverged
 
     @contextmanager
-    def using(self, *, gradient: Gradient | None = None, solver: Solver | None = None) -> Iterator[Self]:
+    def using(self, *, gradient: Gradient | None = None, solver: Solver | None = None) -> Generator[Self, None, None]:
         """Other settings for this thread within a `with`; `solver` then holds with and without grad."""
         given = {"gradient": gradient, "solver": solver}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -201,7 +200,7 @@ class Attachment(Bound):
             self._thread.overrides.pop()
 
     @contextmanager
-    def disabled(self) -> Iterator[Self]:
+    def disabled(self) -> Generator[Self, None, None]:
         """Within a `with`, the module in this thread does what it did before: one evaluation per call."""
         self._thread.disabled += 1
         try:
@@ -291,7 +290,7 @@ class _StateArgument:
             self.name = state
             self.position = positional.index(state) if state in positional else None
             known = state in [p.name for p in parameters] or inspect.Parameter.VAR_KEYWORD in takes_any
-        elif isinstance(state, int) and not isinstance(state, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        elif isinstance(state, int) and not isinstance(state, bool):
             self.position = state
             self.name = positional[state] if 0 <= state < len(positional) else None
             known = state >= 0 and (self.name is not None or inspect.Parameter.VAR_POSITIONAL in takes_any)
@@ -327,7 +326,9 @@ class _Replicate(Bound):
 
 
 def _refuse_replica(*args: Any, **kwargs: Any) -> Any:
-    raise AttachError("nn.DataParallel cannot run an attached module. Use DistributedDataParallel, one process a device.")
+    raise AttachError(
+        "nn.DataParallel cannot run an attached module. Use DistributedDataParallel, one process a device."
+    )
 
 
 def _original(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:

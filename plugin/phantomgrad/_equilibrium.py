@@ -55,7 +55,7 @@ def equilibrium(
                     process_group=process_group,
                 ),
             )
-            return target
+            return target  # pyright: ignore[reportReturnType]  (the same class)
         if isinstance(target, (type, nn.Module)) or not callable(target):
             raise AttachError(
                 f"@equilibrium decorates an nn.Module subclass or a function, got {describe_type(target)}. "
@@ -63,7 +63,8 @@ def equilibrium(
             )
         if state != 0 or eval_solver is not None or compile or output is not None:
             raise AttachError(
-                "A decorated function takes its state first and returns it alone: state, output, eval_solver and compile are for classes."
+                "A decorated function takes its state first and returns it alone: state, output, eval_solver and compile "
+                "are for classes."
             )
 
         @functools.wraps(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -140,12 +141,13 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     probe = _Probe(cell) if torch.is_grad_enabled() and not wants_grad else None
     solver, on_failure = settings.solver, settings.on_failure
     on_step = settings.on_step
+    tolerance_dtype = _tolerance_dtype(samples)
     solved = solve(
         cell if probe is None else probe,
         cell.start,
         solver,
         samples,
-        tolerance_dtype=_tolerance_dtype(samples),
+        tolerance_dtype=tolerance_dtype,
         stop_on_divergence=on_failure != "ignore",
         on_step=None
         if on_step is None
@@ -159,7 +161,9 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     if torch.is_autocast_enabled(samples.device.type):
         # Casts of parameters that autocast cached without grad would cut the recorded evaluation off from them.
         torch.clear_autocast_cache()
-    problem = Problem(evaluate=cell, solved=solved, samples=samples, solver=solver, report=report)
+    problem = Problem(
+        evaluate=cell, solved=solved, samples=samples, solver=solver, tolerance_dtype=tolerance_dtype, report=report
+    )
     if wants_grad:
         leaves = settings.gradient.connect(problem)
         if solver.max_steps == 0 and not isinstance(settings.gradient, UnrolledPhantom):
@@ -251,8 +255,6 @@ def _agreement(process_group: Any) -> Agree | None:
 
 def _outside_stacklevel() -> int:
     """The `stacklevel` that shows a warning at the first caller outside phantomgrad and torch's module machinery."""
-    import sys
-
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")

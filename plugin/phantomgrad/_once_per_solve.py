@@ -11,7 +11,7 @@ only the caches of its own calls.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ class OncePerSolve:
                 each.__dict__["forward"] = _Shared(each)
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> Generator[None, None, None]:
         _active.caches.append(self._cache)
         try:
             yield

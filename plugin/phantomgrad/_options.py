@@ -19,7 +19,11 @@ def check_number(
     value = getattr(owner, name)
     bounds = [
         text
-        for bound, text in ((above, f"above {above}"), (minimum, f"at least {minimum}"), (maximum, f"at most {maximum}"))
+        for bound, text in (
+            (above, f"above {above}"),
+            (minimum, f"at least {minimum}"),
+            (maximum, f"at most {maximum}"),
+        )
         if bound is not None
     ]
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -32,9 +36,7 @@ def check_number(
 def check_choice(owner: object, name: str, choices: Sequence[Any]) -> None:
     value = getattr(owner, name)
     if value not in choices:
-        raise ValueError(
-            f"{_option(owner, name)} must be one of {', '.join(map(repr, choices))}, got {value!r}."
-        )
+        raise ValueError(f"{_option(owner, name)} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_boolean(owner: object, name: str) -> None:

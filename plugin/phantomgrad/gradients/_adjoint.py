@@ -60,8 +60,7 @@ class _Tape:
             allow_unused=True,
         )
         return tuple(
-            torch.zeros_like(g) if product is None else product
-            for product, g in zip(products, cotangent, strict=True)
+            torch.zeros_like(g) if product is None else product for product, g in zip(products, cotangent, strict=True)
         )
 
     def transform(self, cotangent: Leaves) -> Leaves:
@@ -86,7 +85,8 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: _Tape, *outputs: Tensor) -> Leaves:
         ctx.tape = tape
-        return tuple(leaf.view_as(leaf) for leaf in outputs)
+        # Copies, since autograd forbids changing a Function's views in place and callers may do that.
+        return tuple(leaf.clone() for leaf in outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from phantomgrad._samples import Samples
 from phantomgrad._solve import Map, Solved
 from phantomgrad._state import Leaves
@@ -21,7 +23,9 @@ class Problem:
     solved: Solved
     samples: Samples
     solver: Solver
-    """The solver of the forward pass, its tolerances made explicit."""
+    """The solver of the forward pass."""
+    tolerance_dtype: torch.dtype
+    """The dtype whose rounding bounds the residuals, autocast's included."""
     report: Callable[[Solved, str], None]
     """Tells the caller how a further solve went, by the caller's `on_failure`."""
 

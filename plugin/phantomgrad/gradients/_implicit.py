@@ -30,7 +30,7 @@ class Implicit(Gradient):
     """Relative tolerance of the adjoint solve, in place of the solver's own."""
 
     def __post_init__(self) -> None:
-        if self.solver is not None and not isinstance(self.solver, Solver):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if self.solver is not None and not isinstance(self.solver, Solver):
             raise ValueError(f"solver of Implicit must be a Solver or None, got {self.solver!r}.")
         if self.rtol is not None:
             check_number(self, "rtol", minimum=0.0)
@@ -52,7 +52,7 @@ class Implicit(Gradient):
             cotangent,
             solver,
             problem.samples,
-            tolerance_dtype=problem.samples.dtype,
+            tolerance_dtype=problem.tolerance_dtype,
             stop_on_divergence=True,
         )
         problem.report(solved, "the adjoint equation of Implicit")

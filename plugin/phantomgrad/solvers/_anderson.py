@@ -67,7 +67,9 @@ class History:
             self.residuals = residual.new_zeros(shape)
             self.targets = residual.new_zeros(shape)
             # The Gram matrix squares the condition number, so it is kept in float64 where the device has it.
-            exact = torch.promote_types(residual.dtype, torch.float64 if residual.device.type != "mps" else torch.float32)
+            exact = torch.promote_types(
+                residual.dtype, torch.float64 if residual.device.type != "mps" else torch.float32
+            )
             self.gram = torch.zeros((shape[0], self.capacity, self.capacity), dtype=exact, device=residual.device)
         self._newest = (self._newest + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
