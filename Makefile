@@ -1,0 +1,47 @@
+# Everything runs in .venv, which is made on first use and reused until pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check bench test-oldest clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/phantomgrad demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.gradients
+
+# The oldest supported torch, in an environment of its own.
+test-oldest: .venv-oldest/dev.stamp
+	.venv-oldest/bin/python -m pytest tests/plugin tests/hub
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("phantomgrad needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing phantomgrad with its demo into $(VENV); the first time takes a few minutes."
+	$(PIP) install -e '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing phantomgrad with its development tools into $(VENV); the first time takes a few minutes."
+	$(PIP) install -e '.[dev]'
+	@touch $@
+
+.venv-oldest/dev.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check -q install -e '.[dev]' 'torch==2.11.*' 'torchvision==0.26.*'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest dist .pytest_cache .ruff_cache .hypothesis

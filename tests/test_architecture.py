@@ -1,0 +1,63 @@
+"""The shape of the repository: which package imports which, what is public, how long files are."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "plugin/phantomgrad": {"phantomgrad"},
+    "hub/phantomgrad_hub": {"phantomgrad", "phantomgrad_hub"},
+    "demo/phantomgrad_demo": {"phantomgrad", "phantomgrad_hub", "phantomgrad_demo"},
+}
+LAUNCHER = "hub/phantomgrad_hub/cli/demo.py"  # `phantomgrad demo` starts the page
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        if path.relative_to(ROOT).as_posix() == LAUNCHER:
+            continue
+        for module in _imported(path):
+            top = module.split(".")[0]
+            assert not top.startswith("phantomgrad") or top in ALLOWED[package], f"{path} imports {module}"
+
+
+def test_the_plugin_needs_torch_only() -> None:
+    import sys
+
+    for path in (ROOT / "plugin").rglob("*.py"):
+        for module in _imported(path):
+            top = module.split(".")[0]
+            assert top in sys.stdlib_module_names | {"torch", "phantomgrad"}, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["phantomgrad", "phantomgrad_hub", "phantomgrad_demo"])
+def test_everything_public_is_importable_and_listed(name: str) -> None:
+    module = importlib.import_module(name)
+    assert list(module.__all__) == sorted(module.__all__, key=lambda entry: (entry.casefold(), entry)) or list(
+        module.__all__
+    ) == sorted(module.__all__)
+    for entry in module.__all__:
+        assert getattr(module, entry) is not None
+        assert getattr(module, entry).__doc__, f"{name}.{entry} has no docstring"
+
+
+def test_no_python_file_is_longer_than_it_should_be() -> None:
+    for folder in ("plugin", "hub", "demo", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= 420, f"{path.relative_to(ROOT)} has {lines} lines"
