@@ -1,6 +1,6 @@
 """Time, memory and direction of every gradient on the block of MDEQ-Small: `python -m benchmarks.gradients`.
 
-All gradients differentiate the same weights at the same inputs after the same solver steps, in turn, so that what else the machine
+All differentiate the same weights at the same inputs after the same solver steps, in turn, so that what else the machine
 does hits them alike. Prints a table and writes it as JSON.
 """
 

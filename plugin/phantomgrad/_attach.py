@@ -18,7 +18,8 @@ from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._errors import AttachError
 from phantomgrad._fixed_point import OnFailure, OnStep, Report, Settings, run
-from phantomgrad._once_per_solve import once_per_solve, release
+from phantomgrad._once_per_solve import OncePerSolve
+from phantomgrad._parametrizations import release
 from phantomgrad._solution import Solution
 from phantomgrad._state import State
 from phantomgrad.gradients import Gradient, UnrolledPhantom
@@ -248,8 +249,7 @@ class Attachment(Bound):
             settings = replace(settings, **changes)
         z0, others, call = self._state.split(args, kwargs, self.step)
         module = self.module
-        scope = once_per_solve(module)
-        cell = Cell(call, z0, output=self._output, where=self._where, scope=scope)
+        cell = Cell(call, z0, output=self._output, where=self._where, scope=OncePerSolve(module))
         if torch.is_grad_enabled():
             self._check_start(z0, cell, others, module)
         leaves, solution = run(cell, settings, visible=_chain(others, module), report=self._report)

@@ -7,12 +7,13 @@ state's dtype, and holds what must stay the same between the evaluations of one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from phantomgrad._errors import StateMismatchError
+from phantomgrad._once_per_solve import OncePerSolve
+from phantomgrad._randomness import Replay
 from phantomgrad._state import Leaves, State, Structure, describe
 
 
@@ -30,7 +31,7 @@ class Cell:
         *,
         output: int | str | None = None,
         where: Callable[[], str] = lambda: "",
-        scope: Callable[[], AbstractContextManager[object]] | None = None,
+        scope: OncePerSolve | None = None,
     ) -> None:
         self.structure = Structure.of(state)
         leaves = self.structure.flatten(state)
@@ -40,7 +41,8 @@ class Cell:
         self._step = step
         self._output = output
         self._where = where
-        self._scope = scope
+        self._scope = scope if scope is not None and scope.needed else None
+        self._randomness = Replay(leaves[0].device)
         self._signature = tuple((leaf.shape, leaf.device) for leaf in leaves)
         self._dtypes = tuple(leaf.dtype for leaf in leaves)
         for leaf in leaves:
@@ -54,17 +56,24 @@ class Cell:
         """`f` of a state with these leaves."""
         versions = None if leaves[0].is_inference() else [leaf._version for leaf in leaves]
         state = self.structure.unflatten(leaves)
+        self._randomness.begin()
         if self._scope is None:
             returned = self._step(state)
         else:
             with self._scope():
                 returned = self._step(state)
+        self._randomness.end()
         if versions is not None and versions != [leaf._version for leaf in leaves]:
             raise StateMismatchError(
                 f"The map changed its state in place{self._where()}. The solver still needs it: write `z = z + ...` "
                 "instead of `z += ...`, and use operations without a trailing underscore."
             )
         return self._checked(state, returned)
+
+    def finish(self) -> None:
+        """After the solve: make the updates that one evaluation would have made."""
+        if self._scope is not None:
+            self._scope.commit()
 
     def _checked(self, state: State, returned: Any) -> Leaves:
         image = self._select(state, returned)

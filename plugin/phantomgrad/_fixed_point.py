@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from phantomgrad._cell import Cell
 from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning
+from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._samples import Samples
 from phantomgrad._solution import Solution, Trace
 from phantomgrad._solve import Agree, Solved, solve
@@ -81,7 +82,8 @@ def fixed_point(
         process_group=process_group,
     )
     visible = [*inputs, *(fn.parameters() if isinstance(fn, nn.Module) else ())]
-    cell = Cell(lambda z: fn(z, *inputs), z0, output=output)
+    scope = OncePerSolve(fn) if isinstance(fn, nn.Module) else None
+    cell = Cell(lambda z: fn(z, *inputs), z0, output=output, scope=scope)
     leaves, solution = run(cell, settings, visible=visible, report=Report(settings.on_failure))
     return replace(solution, value=cell.structure.unflatten(leaves))
 
@@ -173,6 +175,7 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
         if cell.returned is not None and not solved.last:
             with torch.no_grad():
                 cell(solved.point)
+    cell.finish()
     return leaves, _solution(cell, leaves, solved)
 
 

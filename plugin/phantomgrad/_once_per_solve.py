@@ -1,79 +1,44 @@
-"""What a map computes once per solve although it is evaluated many times.
-
-Note [Parametrizations]
-`torch.nn.utils.parametrizations` (weight norm, spectral norm, ...) recompute a weight at every access. During a solve the
-weight cannot change, so it is computed once, with grad, at its first use, and every evaluation of that call, recorded or not,
-gets the same tensor. torch's own `parametrize.cached()` would not do: it is global, so another thread's solve
-without grad would cut this one's weights off from their parameters. Here each call has its own cache, and each thread sees
-only the caches of its own calls.
-"""
+"""What a module computes or updates once per solve although it is evaluated many times."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from phantomgrad._bound import Bound
-
-
-class _Active(threading.local):
-    def __init__(self) -> None:
-        self.caches: list[dict[int, Tensor | None]] = []
-
-
-_active = _Active()
-
-
-class _Shared(Bound):
-    """The instance `forward` of a parametrization: asks the outermost running solve's cache first."""
-
-    def __call__(self) -> Tensor:
-        key = id(self.module)
-        for cache in _active.caches:
-            if key in cache:
-                value = cache[key]
-                if value is None:
-                    with torch.enable_grad():
-                        value = cache[key] = self._compute()
-                return value
-        return self._compute()
-
-    def _compute(self) -> Tensor:
-        module = self.module
-        return type(module).forward(module)  # pyright: ignore[reportArgumentType, reportReturnType]
+from phantomgrad._batch_statistics import BatchStatistics, NormBase
+from phantomgrad._parametrizations import SharedParametrizations
 
 
 class OncePerSolve:
-    """The cache of one call of an attached module; as a context it is active for one evaluation."""
+    """The parametrized weights and running statistics of one call; as a context it covers one evaluation.
 
-    def __init__(self, parametrizations: list[ParametrizationList]) -> None:
-        self._cache: dict[int, Tensor | None] = {id(each): None for each in parametrizations}
-        for each in parametrizations:
-            if "forward" not in each.__dict__:
-                each.__dict__["forward"] = _Shared(each)
+    See Note [Parametrizations] and Note [Batch statistics].
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parametrizations: list[ParametrizationList] = []
+        norms: list[NormBase] = []
+        for each in module.modules():
+            if isinstance(each, ParametrizationList):
+                parametrizations.append(each)
+            elif isinstance(each, NormBase) and each.training and each.track_running_stats:
+                norms.append(each)
+        self._shared = SharedParametrizations(parametrizations) if parametrizations else None
+        self._statistics = BatchStatistics(norms) if norms else None
+        self.needed = bool(parametrizations or norms)
 
     @contextmanager
     def __call__(self) -> Generator[None, None, None]:
-        _active.caches.append(self._cache)
-        try:
+        with (
+            self._shared() if self._shared else nullcontext(),
+            self._statistics() if self._statistics else nullcontext(),
+        ):
             yield
-        finally:
-            _active.caches.pop()
 
-
-def once_per_solve(module: nn.Module) -> OncePerSolve | None:
-    """A fresh cache for a call of `module`, or None if nothing in it needs one."""
-    found = [each for each in module.modules() if isinstance(each, ParametrizationList)]
-    return OncePerSolve(found) if found else None
-
-
-def release(module: nn.Module) -> None:
-    """Give the parametrizations in `module` their own `forward` back."""
-    for each in module.modules():
-        if isinstance(each.__dict__.get("forward"), _Shared):
-            del each.__dict__["forward"]
+    def commit(self) -> None:
+        """After the solve: make the one update of the running statistics."""
+        if self._statistics is not None:
+            self._statistics.commit()

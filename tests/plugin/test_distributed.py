@@ -86,6 +86,6 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
         model(_batch()).square().mean().backward()
         for name, grad, expected in zip(dict(model.named_parameters()), grads, _gradients(model), strict=True):
             torch.testing.assert_close(
-                grad, expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{gradient} {n}: {m}"
+                grad, expected, rtol=1e-6, atol=1e-9, msg=lambda m, where=(gradient, name): f"{where}: {m}"
             )
             assert name.startswith("unused") or grad.abs().max() > 0

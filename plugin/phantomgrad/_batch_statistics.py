@@ -1,0 +1,53 @@
+"""Running statistics inside a map: one update per solve.
+
+Note [Batch statistics]
+In training mode BatchNorm updates its running statistics at every evaluation. During a solve each evaluation updates a
+scratch copy instead, and one of them counts: the first that is recorded for backward, or the last where none is. The
+module's own buffers change after the solve only, so no buffer that a graph has saved is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+
+_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+_Buffers = list[tuple[nn.Module, str, Tensor]]
+
+
+class BatchStatistics:
+    """The running statistics of the norms in training within one call."""
+
+    def __init__(self, norms: list[NormBase]) -> None:
+        self._own: _Buffers = [
+            (norm, name, buffer) for norm in norms for name in _NAMES if (buffer := norm._buffers.get(name)) is not None
+        ]
+        self._counted: list[Tensor] | None = None
+        self._counted_is_recorded = False
+
+    @contextmanager
+    def __call__(self) -> Generator[None, None, None]:
+        """One evaluation, on scratch copies."""
+        scratch = [buffer.clone() for _, _, buffer in self._own]
+        for (norm, name, _), copy in zip(self._own, scratch, strict=True):
+            norm._buffers[name] = copy
+        try:
+            yield
+        finally:
+            for norm, name, buffer in self._own:
+                norm._buffers[name] = buffer
+        if not self._counted_is_recorded:
+            self._counted = scratch
+            self._counted_is_recorded = torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Take over the statistics of the evaluation that counts."""
+        for (_, _, buffer), counted in zip(self._own, self._counted or (), strict=False):
+            buffer.copy_(counted)
+        self._counted = None
+        self._counted_is_recorded = True
