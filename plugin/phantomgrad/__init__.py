@@ -22,10 +22,12 @@ from phantomgrad._solution import Solution as Solution
 from phantomgrad._solution import Trace as Trace
 from phantomgrad.gradients import Gradient as Gradient
 from phantomgrad.gradients import Implicit as Implicit
+from phantomgrad.gradients import KrylovPhantom as KrylovPhantom
 from phantomgrad.gradients import NeumannPhantom as NeumannPhantom
 from phantomgrad.gradients import OneStep as OneStep
 from phantomgrad.gradients import UnrolledPhantom as UnrolledPhantom
 from phantomgrad.solvers import Anderson as Anderson
+from phantomgrad.solvers import Broyden as Broyden
 from phantomgrad.solvers import FixedPointIteration as FixedPointIteration
 from phantomgrad.solvers import Solver as Solver
 
@@ -35,10 +37,12 @@ __all__ = [
     "Anderson",
     "AttachError",
     "Attachment",
+    "Broyden",
     "DivergedError",
     "FixedPointIteration",
     "Gradient",
     "Implicit",
+    "KrylovPhantom",
     "NeumannPhantom",
     "NotConvergedError",
     "NotConvergedWarning",

@@ -17,6 +17,7 @@ from phantomgrad import (
     FixedPointIteration,
     Gradient,
     Implicit,
+    KrylovPhantom,
     NeumannPhantom,
     OneStep,
     PhantomGradError,
@@ -256,6 +257,34 @@ def test_the_safeguard_changes_nothing_where_terms_shrink_and_bounds_a_divergent
     assert errors["guarded"] <= errors["one step"] < errors["plain"]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 9])
+def test_krylov_has_the_smallest_residual_of_its_space_and_is_exact_once_that_is_full(steps: int) -> None:
+    block = LinearBlock.random(31, size=5, radius=1.3)
+    g = torch.randn(block.start.shape, dtype=DTYPE)
+    z = fixed_point(block, block.solution().detach(), gradient=KrylovPhantom(steps=steps), solver=AT_SOLUTION)
+    (grad,) = torch.autograd.grad((z.value * g).sum(), block.c)
+    J = block.J.detach()
+    adjoint = []
+    for row in g:  # the dense least-squares answer, sample by sample
+        space = torch.stack([torch.linalg.matrix_power(J.T, i) @ row for i in range(max(1, min(steps - 1, 5)))], dim=1)
+        residual_map = space - J.T @ space
+        weights = torch.linalg.lstsq(residual_map, row[:, None]).solution
+        adjoint.append((space @ weights)[:, 0] if steps > 1 else row)
+    torch.testing.assert_close(grad, torch.stack(adjoint).sum(dim=0), rtol=1e-8, atol=1e-8)
+    if steps >= 6:
+        torch.testing.assert_close(grad, block.adjoint(g).sum(dim=0), rtol=1e-8, atol=1e-8)
+
+
+def test_krylov_survives_zero_and_invariant_cotangents() -> None:
+    block = LinearBlock.random(32)
+    with torch.no_grad():
+        block.J.copy_(0.5 * torch.eye(5, dtype=DTYPE))  # every Krylov space has dimension 1
+    for scale in (0.0, 1.0):
+        z = fixed_point(block, block.start, gradient=KrylovPhantom(steps=6), solver=EXACT)
+        (grad,) = torch.autograd.grad(scale * z.value.sum(), block.c)
+        torch.testing.assert_close(grad, torch.full_like(grad, 2.0 * 4 * scale), rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("gradient", [UnrolledPhantom(steps=3), NeumannPhantom(steps=3), OneStep()], ids=repr)
 def test_second_derivatives_hold_the_solution_constant(gradient: Gradient) -> None:
     point = torch.randn(2, 3, dtype=DTYPE)
@@ -309,7 +338,9 @@ def test_value_is_the_same_with_and_without_grad(problem: Any) -> None:
         assert str(with_grad) == str(without)
 
 
-@pytest.mark.parametrize("gradient", [UnrolledPhantom(), NeumannPhantom(), OneStep(), Implicit()], ids=repr)
+@pytest.mark.parametrize(
+    "gradient", [UnrolledPhantom(), NeumannPhantom(), KrylovPhantom(), OneStep(), Implicit()], ids=repr
+)
 def test_the_weights_of_a_small_float32_model_move_and_its_loss_falls(gradient: Gradient) -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from problems import PLAIN_ITERATION_FAILS, PROBLEMS, LinearBlock, Problem
 
 from phantomgrad import (
     Anderson,
+    Broyden,
     DivergedError,
     FixedPointIteration,
     NotConvergedError,
@@ -27,6 +28,8 @@ SOLVERS: list[Solver] = [
     Anderson(max_steps=200, rtol=1e-12),
     Anderson(max_steps=200, rtol=1e-12, memory=1),
     Anderson(max_steps=200, rtol=1e-12, memory=3, mixing=0.8),
+    Broyden(max_steps=200, rtol=1e-12),
+    Broyden(max_steps=200, rtol=1e-12, memory=3),
 ]
 
 
@@ -55,6 +58,13 @@ def test_anderson_needs_fewer_steps_than_plain_iteration() -> None:
     accelerated = fixed_point(block, block.start, solver=Anderson(max_steps=2000, memory=8))
     assert accelerated.converged.all()
     assert int(accelerated.steps.max()) * 4 < int(plain.steps.max())
+
+
+def test_broyden_solves_a_linear_map_that_expands() -> None:
+    block = LinearBlock.random(9, radius=1.5, size=4)
+    solution = fixed_point(block, block.start, solver=Broyden(max_steps=100, rtol=1e-10))
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, block.solution(), rtol=1e-6, atol=1e-6)
 
 
 def test_each_sample_has_its_own_steps_and_is_frozen_when_it_converges() -> None:
@@ -189,7 +199,7 @@ def test_running_out_of_steps_warns_raises_or_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("solver", [FixedPointIteration(), Anderson(), Anderson(memory=1)], ids=repr)
+@pytest.mark.parametrize("solver", [FixedPointIteration(), Anderson(), Anderson(memory=1), Broyden()], ids=repr)
 def test_every_dtype_is_kept_and_converges_to_its_default_tolerance(dtype: torch.dtype, solver: Solver) -> None:
     solution = fixed_point(lambda z: 0.5 * z + 1.0, torch.zeros(2, 3, dtype=dtype), solver=solver)
     assert solution.value.dtype is dtype
@@ -197,12 +207,16 @@ def test_every_dtype_is_kept_and_converges_to_its_default_tolerance(dtype: torch
     torch.testing.assert_close(solution.value.double(), torch.full((2, 3), 2.0).double(), rtol=4e-2, atol=0)
 
 
-def test_anderson_survives_singular_systems() -> None:
+def test_solvers_survive_singular_systems() -> None:
     constant = fixed_point(
         lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=Anderson(rtol=0.0, atol=0.0, max_steps=8)
     )
     torch.testing.assert_close(constant.value, torch.ones(2, 3))
     # One dimension and five residuals: the Gram matrix has rank one.
+    broyden = fixed_point(
+        lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=Broyden(rtol=0.0, atol=0.0, max_steps=8)
+    )
+    torch.testing.assert_close(broyden.value, torch.ones(2, 3))
     parallel = fixed_point(lambda z: 0.9 * z + 1.0, torch.zeros(3, 1, dtype=torch.float64), solver=Anderson(ridge=0.0))
     torch.testing.assert_close(parallel.value, torch.full((3, 1), 10.0, dtype=torch.float64))
 

@@ -1,0 +1,86 @@
+"""Broyden's method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phantomgrad._options import check_integer
+from phantomgrad._samples import Samples
+from phantomgrad._state import Leaves
+from phantomgrad.solvers._base import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    """Solve `g(z) = f(z) - z = 0` with a low-rank estimate of the inverse Jacobian of `g`, per sample.
+
+    Starts from the inverse `-I`, which makes the first step a plain iteration, and corrects it by one rank a step so that it
+    maps the last change of `g` to the last change of `z` (Broyden's "good" method, 1965). Converges superlinearly near a
+    solution, where `f` need not be a contraction; far from one it may wander.
+    """
+
+    memory: int = 30
+    """How many corrections are kept; after as many the estimate starts anew from `-I`. Each takes two states."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "memory", minimum=1)
+
+    def start(self, z: Leaves, samples: Samples) -> InverseEstimate:
+        return InverseEstimate(self.memory)
+
+    def advance(self, z: Leaves, fz: Leaves, memory: InverseEstimate, samples: Samples) -> Leaves:
+        point = samples.to_matrix(z)
+        residual = samples.to_matrix(fz) - point
+        memory.learn(point, residual)
+        return samples.from_matrix(point - memory.apply(residual))
+
+
+class InverseEstimate:
+    """`H = -I + sum u_i v_i^T`, the estimated inverse Jacobian of `f(z) - z`, per sample."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._size = 0
+        self._left: Tensor | None = None
+        self._right: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def learn(self, point: Tensor, residual: Tensor) -> None:
+        """Correct the estimate by the step from the last point, both of shape (samples, entries)."""
+        if self._last is not None:
+            step, change = point - self._last[0], residual - self._last[1]
+            self._correct(step, change)
+        self._last = point, residual
+
+    def _correct(self, step: Tensor, change: Tensor) -> None:
+        if self._left is None or self._right is None:
+            self._left = step.new_zeros((step.shape[0], self._capacity, step.shape[1]))
+            self._right = torch.zeros_like(self._left)
+        if self._size == self._capacity:
+            self._size = 0
+        right = self.apply_transposed(step)
+        denominator = (right * change).sum(dim=1, keepdim=True)
+        left = (step - self.apply(change)) / denominator
+        # A sample that did not move, or moved along what the estimate cannot see, teaches nothing.
+        usable = torch.isfinite(left).all(dim=1, keepdim=True) & (denominator != 0)
+        self._left[:, self._size] = torch.where(usable, left, 0.0)
+        self._right[:, self._size] = torch.where(usable, right, 0.0)
+        self._size += 1
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """`H vector`, shape (samples, entries)."""
+        return self._product(self._right, self._left, vector)
+
+    def apply_transposed(self, vector: Tensor) -> Tensor:
+        """`H^T vector`, shape (samples, entries)."""
+        return self._product(self._left, self._right, vector)
+
+    def _product(self, inner: Tensor | None, outer: Tensor | None, vector: Tensor) -> Tensor:
+        if self._size == 0 or inner is None or outer is None:
+            return -vector
+        weights = torch.bmm(inner[:, : self._size], vector.unsqueeze(-1))
+        return torch.bmm(weights.transpose(1, 2), outer[:, : self._size]).squeeze(1) - vector
