@@ -1,0 +1,86 @@
+"""`phantomgrad evaluate`: accuracy of a checkpoint, by solver steps, and how far its block settles."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import add_command, add_device, default_device, positive_integer, print_json, step_counts, table
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        summary="Measure a checkpoint on labelled photos; classes are matched by name or WordNet id.",
+        example="phantomgrad evaluate embedded --data tiny-imagenet",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="embedded, a folder, or a repository of the Hugging Face Hub"
+    )
+    parser.add_argument("--data", required=True, help="folder of parquet files, or of one subfolder of photos a class")
+    parser.add_argument(
+        "--split", choices=("validation", "train"), default="validation", help="which photos; validation by default"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the seed of the training, which decides what a held-out tenth is (0)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=step_counts,
+        metavar="N,N,...",
+        help="solver steps whose accuracy is reported; by default a range",
+    )
+    parser.add_argument("--batch-size", type=positive_integer, default=None, help="photos at a time")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    add_device(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate and print the figures."""
+    from phantomgrad_hub.data import open_source
+    from phantomgrad_hub.evaluate import BATCH_SIZE, default_steps, evaluate
+    from phantomgrad_hub.extras import require
+    from phantomgrad_hub.models.mdeq import MDEQ
+
+    model = MDEQ.from_pretrained(options.checkpoint).to(default_device(options.device))
+    source = open_source(options.data, seed=options.seed)
+    images = source.validation if options.split == "validation" else source.train
+    with require("tqdm", "train").tqdm(
+        total=len(images), unit="photo", disable=options.no_progress, leave=False
+    ) as bar:
+        found = evaluate(
+            model,
+            images,
+            source.labels,
+            steps=options.steps or default_steps(model),
+            batch_size=options.batch_size or BATCH_SIZE,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+    if options.json:
+        print_json(
+            {"checkpoint": options.checkpoint, "data": source.description, "split": options.split, **found.to_dict()}
+        )
+        return 0
+    print(f"{source.description}; measured on {options.split}")
+    rows = [
+        ("photos", str(found.count)),
+        ("top-1", f"{found.top1:.2%}"),
+        ("top-5", f"{found.top5:.2%}"),
+        ("solver steps, mean", f"{found.steps_mean:.1f}"),
+        ("relative residual, median", f"{found.residual_median:.1e}"),
+        ("relative residual, 90th percentile", f"{found.residual_p90:.1e}"),
+        ("photos above the solver's tolerance", str(found.unconverged)),
+    ]
+    print(table(rows))
+    print(
+        table(
+            [
+                ("solver steps", "top-1"),
+                *((str(count), f"{top1:.2%}") for count, top1 in found.accuracy_by_steps.items()),
+            ]
+        )
+    )
+    return 0

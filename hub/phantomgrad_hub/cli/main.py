@@ -1,0 +1,67 @@
+"""The program `phantomgrad`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import phantomgrad
+from phantomgrad import PhantomGradError
+
+from . import convert, demo, doctor, evaluate, predict, train
+from .common import INTERRUPTED, PROGRAM, Parser, UsageError, fail
+
+COMMANDS = (predict, train, evaluate, convert, demo, doctor)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Multiscale deep equilibrium image classifiers, trained with phantom gradients.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {phantomgrad.__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    parser = build_parser()
+    try:
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse, after --help or an error
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UsageError as error:
+        fail(f"{PROGRAM} {options.command}: {error}")
+        return 2
+    except (PhantomGradError, OSError) as error:
+        fail(f"{PROGRAM} {options.command}: {error}")
+        return 1
+    except Exception as error:
+        if os.environ.get("PHANTOMGRAD_TRACEBACK"):
+            raise
+        fail(
+            f"{PROGRAM} {options.command}: unexpected {type(error).__name__}: {error} "
+            "(set PHANTOMGRAD_TRACEBACK=1 to see where, and please report it)"
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Labelled images from a parquet folder or an image folder, as map-style splits in a fixed order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from phantomgrad_hub.errors import ImageError
+from phantomgrad_hub.extras import require
+from phantomgrad_hub.labels import ClassLabel, parse_labels
+from phantomgrad_hub.photos import read_photo
+
+from .errors import DataError
+from .seeds import derive_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VALIDATION_NAMES = ("validation", "val", "test")
+HELD_OUT_FRACTION = 0.1
+
+
+class ImageSplit(Protocol):
+    """A map-style set of photos in a fixed order.
+
+    `targets` is a list of class indices; `image(i)` decodes photo `i` as RGB; `name(i)` says which one it is.
+    """
+
+    targets: list[int]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset: its two splits and the classes that `targets` index."""
+
+    train: ImageSplit
+    validation: ImageSplit
+    labels: tuple[ClassLabel, ...]
+    description: str
+
+
+class ParquetImages:
+    """A split stored with the `Image` and `ClassLabel` features of Hugging Face `datasets`."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        datasets = require("datasets", "train")
+        # `Dataset.from_parquet` and not `load_dataset`: the latter reports its use to a server, and gives every
+        # split of one call the class names of the first.
+        shows_progress = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.Dataset.from_parquet([str(file) for file in files])
+        except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged file
+            raise DataError(f"{files[0].parent}: cannot read {files[0].name}: {_first_line(error)}.") from error
+        finally:
+            if shows_progress:
+                datasets.enable_progress_bars()
+        features = rows.features
+        missing = [column for column in ("image", "label") if column not in features]
+        if missing:
+            raise DataError(
+                f"{files[0]} has no column {' and no column '.join(map(repr, missing))}; "
+                f"it has {', '.join(map(repr, features))}."
+            )
+        label = features["label"]
+        self.class_names: tuple[str, ...] | None = tuple(label.names) if hasattr(label, "names") else None
+        self._rows = rows.cast_column("image", datasets.Image(decode=False))
+        self._file = files[0]
+        self.targets: list[int] = [int(target) for target in rows["label"]]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        return self._name(index, self._rows[index]["image"])
+
+    def _name(self, index: int, record: dict[str, Any]) -> str:
+        stored = f" ({record['path']})" if record.get("path") else ""
+        return f"{self._file.parent}/{self._file.name.split('-')[0]} image {index}{stored}"
+
+    def image(self, index: int) -> Image:
+        record = self._rows[index]["image"]
+        return _decode(record["bytes"], self._name(index, record))
+
+
+class FolderImages:
+    """One subfolder a class, found by torchvision's `ImageFolder`."""
+
+    def __init__(self, root: Path) -> None:
+        try:
+            folder = require("torchvision.datasets", "train").ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{root} is not a dataset: {_first_line(error).rstrip('.')}. Expected parquet files named "
+                "train-*.parquet, or one subfolder of photos for each class."
+            ) from error
+        self.class_names: tuple[str, ...] = tuple(folder.classes)
+        self._files = [path for path, _ in folder.samples]
+        self.targets: list[int] = list(folder.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        return self._files[index]
+
+    def image(self, index: int) -> Image:
+        return _decode(Path(self._files[index]).read_bytes(), self.name(index))
+
+
+class Subset:
+    """Chosen rows of a split, in the given order, their class indices optionally renumbered."""
+
+    def __init__(self, split: ImageSplit, indices: Sequence[int], renumber: Sequence[int] | None = None) -> None:
+        self._split = split
+        self._indices = list(indices)
+        targets = [split.targets[index] for index in self._indices]
+        self.targets: list[int] = targets if renumber is None else [renumber[target] for target in targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        return self._split.name(self._indices[index])
+
+    def image(self, index: int) -> Image:
+        return self._split.image(self._indices[index])
+
+
+def open_source(path: str | Path, *, seed: int = 0) -> Source:
+    """Open the dataset at `path`: parquet files, or one subfolder of photos a class.
+
+    Parquet: `train-*.parquet` and `validation-*.parquet` (or `val-`, `test-`). Folders: `train/` and `val/` (or
+    `validation/`, `test/`), else the class folders themselves. Without a validation split a tenth of each class is
+    held out, chosen by `seed`. A `classes.json` in the folder (rows with `label`, `wnid`, `name`) names the classes.
+    Raises `DataError` where `path` holds no such dataset.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(
+            f"dataset {root} {what}; give a folder of parquet files or one with a subfolder of photos a class."
+        )
+    parquet = sorted(root.glob("*.parquet"))
+    train, validation = _open_parquet(root, parquet) if parquet else _open_folders(root)
+    names = train.class_names
+    if names is None:
+        names = tuple(str(row["label"]) for row in _class_table(root))
+    if not names:
+        raise DataError(f"{root}: the label column has no class names; add a classes.json with label, wnid and name.")
+    labels = _labels(root, names)
+    _check_targets(train, len(labels), root)
+    if validation is None:
+        kept, held_out = _hold_out(train.targets, seed)
+        description = f"{root}: {len(kept)} training images, a held-out tenth ({len(held_out)}) for validation"
+        return Source(
+            train=Subset(train, kept), validation=Subset(train, held_out), labels=labels, description=description
+        )
+    _check_targets(validation, len(validation.class_names or labels), root)
+    description = f"{root}: {len(train)} training images, {len(validation)} for validation"
+    return Source(train=train, validation=_renumbered(validation, names, root), labels=labels, description=description)
+
+
+def _open_parquet(root: Path, files: list[Path]) -> tuple[ParquetImages, ParquetImages | None]:
+    def matching(prefix: str) -> list[Path]:
+        return [file for file in files if file.name.startswith(f"{prefix}-") or file.stem == prefix]
+
+    train = matching("train")
+    if not train:
+        raise DataError(f"{root} has no train-*.parquet; it has {', '.join(file.name for file in files[:5])}.")
+    validation = next((found for name in VALIDATION_NAMES if (found := matching(name))), None)
+    return ParquetImages(train), ParquetImages(validation) if validation else None
+
+
+def _open_folders(root: Path) -> tuple[FolderImages, FolderImages | None]:
+    if not (root / "train").is_dir():
+        return FolderImages(root), None
+    validation = next((root / name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
+    return FolderImages(root / "train"), FolderImages(validation) if validation else None
+
+
+def _class_table(root: Path) -> list[dict[str, Any]]:
+    file = root / "classes.json"
+    if not file.is_file():
+        return []
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return sorted(({"label": int(row["label"]), **row} for row in rows), key=lambda row: row["label"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not a list of rows with label, wnid and name: {_first_line(error)}.") from error
+
+
+def _labels(root: Path, names: tuple[str, ...]) -> tuple[ClassLabel, ...]:
+    """The label records of the classes `names`, described by `classes.json` where it knows them."""
+    rows = _class_table(root)
+    described = {str(row["label"]): row for row in rows} | {str(row["wnid"]): row for row in rows if "wnid" in row}
+    labels = []
+    for name in names:
+        row = described.get(name, {})
+        labels.append(ClassLabel(name=str(row.get("name", name)), id=row.get("wnid")))
+    return parse_labels(labels)
+
+
+def _check_targets(split: ImageSplit, classes: int, root: Path) -> None:
+    if not len(split):
+        raise DataError(f"{root}: a split has no images.")
+    wrong = [index for index, target in enumerate(split.targets) if not 0 <= target < classes]
+    if wrong:
+        raise DataError(f"{split.name(wrong[0])} has label {split.targets[wrong[0]]}, but there are {classes} classes.")
+
+
+def _renumbered(validation: ParquetImages | FolderImages, names: tuple[str, ...], root: Path) -> ImageSplit:
+    """`validation` with its class indices those of the training split, matched by name."""
+    if validation.class_names is None or validation.class_names == names:
+        return validation
+    unknown = [name for name in validation.class_names if name not in names]
+    if unknown:
+        raise DataError(f"{root}: validation has classes that training lacks: {', '.join(unknown[:5])}.")
+    return Subset(validation, range(len(validation)), [names.index(name) for name in validation.class_names])
+
+
+def _hold_out(targets: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Indices kept and held out: a tenth of every class, at least one of each class that has two images."""
+    by_class: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        by_class.setdefault(target, []).append(index)
+    held_out: list[int] = []
+    for target, members in by_class.items():
+        generator = torch.Generator().manual_seed(derive_seed("hold out", seed, target))
+        order = torch.randperm(len(members), generator=generator).tolist()
+        count = max(round(len(members) * HELD_OUT_FRACTION), 1 if len(members) > 1 else 0)
+        held_out += [members[position] for position in order[:count]]
+    chosen = set(held_out)
+    return [index for index in range(len(targets)) if index not in chosen], sorted(held_out)
+
+
+def _decode(data: bytes, name: str) -> Image:
+    try:
+        return read_photo(data)
+    except ImageError as error:
+        raise DataError(f"{name}: {error}.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,223 @@
+"""How good a model is on labelled images, and how far its block settles on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from phantomgrad import NotConvergedWarning, Solution, attachments
+
+from .data.errors import DataError
+from .labels import ClassLabel
+
+if TYPE_CHECKING:
+    from .data.sources import ImageSplit
+    from .models.mdeq import MDEQ
+
+BATCH_SIZE = 100
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and of all images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracies as fractions, residuals relative, steps in evaluations of the block, over `count` images."""
+
+    count: int
+    top1: float
+    top5: float
+    steps_mean: float
+    residual_median: float
+    residual_p90: float
+    unconverged: int
+    """Images on which the solver ran out of steps before its tolerance."""
+    accuracy_by_steps: dict[int, float] = field(default_factory=dict[int, float])
+    """Top-1 accuracy where the solver is stopped after so many steps."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Evaluation:
+        """The evaluation that `to_dict` wrote."""
+        by_steps = {int(steps): accuracy for steps, accuracy in values["accuracy_by_steps"].items()}
+        return cls(**{**values, "accuracy_by_steps": by_steps})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = asdict(self)
+        values["accuracy_by_steps"] = {str(steps): accuracy for steps, accuracy in self.accuracy_by_steps.items()}
+        return values
+
+
+def evaluate(
+    model: MDEQ,
+    images: ImageSplit,
+    labels: Sequence[ClassLabel],
+    *,
+    steps: Sequence[int] = (),
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Classify every image of `images`, whose class indices mean `labels`, with the model's own preprocessing.
+
+    Runs in float32 with the model's evaluation solver. `steps` asks for the accuracy after each of these numbers of
+    solver steps too. Classes are matched by identifier or name; raises `DataError` for one that the model lacks.
+    """
+    return summarise(evaluate_images(model, images, labels, steps=steps, batch_size=batch_size, progress=progress))
+
+
+def summarise(records: dict[str, Tensor]) -> Evaluation:
+    """The figures of the records that `evaluate_images` made."""
+    rank, residual = records["rank"], records["residual"].double()
+    by_steps = {int(name.split("_")[-1]): values for name, values in records.items() if name.startswith("right_after_")}
+    return Evaluation(
+        count=len(rank),
+        top1=_mean(rank < 1),
+        top5=_mean(rank < 5),
+        steps_mean=_mean(records["steps"]),
+        residual_median=float(residual.quantile(0.5)),
+        residual_p90=float(residual.quantile(0.9)),
+        unconverged=int((~records["converged"]).sum()),
+        accuracy_by_steps={count: _mean(values) for count, values in sorted(by_steps.items())},
+    )
+
+
+def evaluate_images(
+    model: MDEQ,
+    images: ImageSplit,
+    labels: Sequence[ClassLabel],
+    *,
+    steps: Sequence[int] = (),
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Per image: `rank` of the true class (0 is best), solver `steps`, final `residual`, `converged`, and
+    `right_after_N` for each number N in `steps`. All on the CPU, in the order of the images."""
+    if any(count < 1 for count in steps):
+        raise ValueError(f"steps must be at least 1, not {min(steps)}")
+    classes = torch.tensor(match_classes(model.classes, labels))
+    targets = classes[torch.tensor(images.targets)]
+    device = next(model.parameters()).device
+    batches: list[dict[str, Tensor]] = []
+    done = 0
+    with _evaluating(model, steps):
+        for batch in _preprocessed(model, images, batch_size):
+            target = targets[done : done + len(batch)].to(device)
+            batches.append(_classified(model, batch.to(device), target, steps))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(images))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def default_steps(model: MDEQ) -> tuple[int, ...]:
+    """Solver steps worth a look: 1, 2, 3, 4, 6, 8, 12, ... up to what the model's evaluation solver may take."""
+    [attachment] = attachments(model.block)
+    most = (attachment.eval_solver or attachment.solver).max_steps
+    doubling = {base * 2**power for base in (2, 3) for power in range(16)}
+    return tuple(count for count in sorted(doubling | {1, most}) if count <= most)
+
+
+def match_classes(known: Sequence[ClassLabel], wanted: Sequence[ClassLabel]) -> list[int]:
+    """For every label in `wanted` the index of the same class in `known`: by identifier, else by name.
+
+    Raises `DataError` where a class is not known.
+    """
+    by_id = {label.id: index for index, label in enumerate(known) if label.id is not None}
+    by_name = {label.name.casefold(): index for index, label in enumerate(known)}
+    found = [by_id.get(label.id or "", by_name.get(label.name.casefold())) for label in wanted]
+    unknown = [label.name for label, index in zip(wanted, found, strict=True) if index is None]
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(
+            f"{len(unknown)} of {len(wanted)} classes of the data are unknown to the model: {shown}. "
+            "Classes are matched by name or WordNet id."
+        )
+    return [index for index in found if index is not None]
+
+
+def best_states(solution: Solution, steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The state that a solver stopped after each number of `steps` would have returned, from a solve traced by state.
+
+    Per sample that is the image of the iterate with the smallest residual so far.
+    """
+    trace = solution.trace
+    assert trace is not None
+    assert trace.states is not None
+    best: tuple[Tensor, ...] | None = None
+    smallest: Tensor | None = None
+    wanted = sorted(set(steps))
+    for position, made in enumerate(trace.steps):
+        while wanted and best is not None and wanted[0] < made:
+            yield wanted.pop(0), best
+        state, residual = trace.states[position], trace.residual[position]
+        if best is None or smallest is None:
+            best, smallest = tuple(state), residual
+            continue
+        better = residual < smallest
+        smallest = torch.where(better, residual, smallest)
+        best = tuple(
+            torch.where(better.to(new.device).view(-1, *[1] * (new.dim() - 1)), new, old)
+            for new, old in zip(state, best, strict=True)
+        )
+    for count in wanted:
+        yield count, best
+
+
+@contextmanager
+def _evaluating(model: MDEQ, steps: Sequence[int]) -> Iterator[None]:
+    """Evaluation mode without gradients, states traced where accuracies by steps are wanted."""
+    was_training = model.training
+    [attachment] = attachments(model.block)
+    solver = attachment.eval_solver or attachment.solver
+    if steps:
+        solver = replace(solver, trace="state", check_every=1, max_steps=max(solver.max_steps, *steps))
+    model.eval()
+    try:
+        # That a solve may end early is what is measured here.
+        with torch.inference_mode(), warnings.catch_warnings(), attachment.using(solver=solver):
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[int]) -> dict[str, Tensor]:
+    logits = model(images)
+    [attachment] = attachments(model.block)
+    solution = attachment.solution
+    own = logits.gather(1, targets[:, None])
+    record = {
+        "rank": (logits > own).sum(1),
+        "steps": solution.steps,
+        "residual": solution.residual,
+        "converged": solution.converged,
+    }
+    for count, state in best_states(solution, steps) if steps else ():
+        record[f"right_after_{count}"] = model.head(state).argmax(1) == targets
+    return {name: values.cpu() for name, values in record.items()}
+
+
+def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int) -> Iterator[Tensor]:
+    """Batches `(B, 3, H, W)` in order; the next one is decoded while the model works on the last."""
+
+    def prepare(index: int) -> Tensor:
+        return model.preprocess(images.image(index))
+
+    starts = range(0, len(images), batch_size)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        pending = [pool.submit(prepare, index) for index in range(min(batch_size, len(images)))]
+        for start in starts:
+            batch = torch.cat([future.result() for future in pending])
+            following = range(start + batch_size, min(start + 2 * batch_size, len(images)))
+            pending = [pool.submit(prepare, index) for index in following]
+            yield batch
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

@@ -1,0 +1,180 @@
+"""The parts of a run that the loop puts together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Sampler
+
+import phantomgrad
+from phantomgrad_hub.data.seeds import derive_seed
+from phantomgrad_hub.data.sources import Source
+from phantomgrad_hub.data.transforms import TrainingImages, keep_batch, train_transform
+from phantomgrad_hub.models.mdeq import MDEQ
+
+from .config import OptimizerConfig, TrainConfig
+from .errors import TrainingError
+
+
+class EpochSampler(Sampler[int]):
+    """All indices in an order that depends on the seed and the epoch only."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self._length = length
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of `epoch` from now on."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", self._epoch))
+        yield from torch.randperm(self._length, generator=generator).tolist()
+
+
+def build_model(config: TrainConfig, source: Source, init: str | Path | None) -> MDEQ:
+    """A model for the classes of `source`: new, or the checkpoint `init` with a new head."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    if init is not None:
+        return MDEQ.from_pretrained(init, labels=list(source.labels))
+    model_config = replace(config.model, num_classes=len(source.labels))
+    return MDEQ(model_config, labels=source.labels)
+
+
+def build_loader(
+    config: TrainConfig, source: Source, size: int, processes: int
+) -> tuple[DataLoader[Any], EpochSampler]:
+    """Augmented uint8 batches of the training split, and the sampler that decides their order."""
+    count = len(source.train)
+    if count < config.batch_size * processes:
+        raise TrainingError(
+            f"{count} training images do not fill one batch of {config.batch_size * processes}; set batch_size lower."
+        )
+    images = TrainingImages(
+        source.train, train_transform(config.augmentation, size), seed=config.seed, memory_gib=config.memory_gib
+    )
+    sampler = EpochSampler(count, config.seed)
+    loader = DataLoader(
+        images,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=keep_batch,
+        num_workers=config.workers,
+        worker_init_fn=_leave_signals_to_parent,
+        multiprocessing_context=_start_method(config.workers),
+    )
+    return loader, sampler
+
+
+def _start_method(workers: int) -> str | None:
+    """`fork` where there is one: the workers then read the decoded images in the memory they are in."""
+    return "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the parent has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, with weight decay for kernels and matrices only.
+
+    Norms, biases and the magnitudes of weight-normalised kernels are vectors: decaying them changes what a layer
+    computes rather than how large its redundant scale is.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [parameter for parameter in parameters if parameter.numel() == max(parameter.shape, default=1)]
+    known = {id(parameter) for parameter in vectors}
+    kernels = [parameter for parameter in parameters if id(parameter) not in known]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def attach_for_training(model: MDEQ, config: TrainConfig) -> phantomgrad.Attachment:
+    """Attach the block anew with the options of training: a solve that ends early is intended and stays silent."""
+    [attachment] = phantomgrad.attachments(model.block)
+    attachment.remove()
+    return phantomgrad.attach(
+        model.block,
+        attachment.gradient,
+        solver=attachment.solver,
+        eval_solver=attachment.eval_solver,
+        on_failure="ignore",
+        compile=config.compile,
+    )
+
+
+@dataclass
+class SolverSchedule:
+    """Sets the attached block's number of steps, and the images' size, as training goes on."""
+
+    config: TrainConfig
+    attachment: phantomgrad.Attachment
+
+    def __post_init__(self) -> None:
+        self._solver, self._gradient = self.attachment.solver, self.attachment.gradient
+        self._image_size: int | None = None
+
+    def set_progress(self, progress: float) -> None:
+        """Take the steps of the phase at `progress` in [0, 1]."""
+        phase = self.config.phase(progress)
+        if phase is None:
+            return
+        self._image_size = phase.image_size
+        self.attachment.solver = replace(self._solver, max_steps=phase.solver_steps)
+        if phase.phantom_steps is not None:
+            self.attachment.gradient = replace(self._gradient, steps=phase.phantom_steps)  # type: ignore[call-arg]
+
+    def resized(self, images: Tensor) -> Tensor:
+        """The images `(B, 3, H, W)`, normalised, at the size of the current phase."""
+        if self._image_size is None or self._image_size == images.shape[-1]:
+            return images
+        size = (self._image_size, self._image_size)
+        return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+class StopRequest:
+    """Whether the process was asked to stop, by SIGTERM or Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Note the signals instead of dying from them; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,171 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from phantomgrad import NotConvergedWarning
+from phantomgrad_hub.data.seeds import derive_seed
+from phantomgrad_hub.data.sources import Source
+from phantomgrad_hub.evaluate import Evaluation
+from phantomgrad_hub.extras import require
+
+from .average import WeightAverage
+from .build import SolverSchedule, StopRequest, attach_for_training, build_loader, build_model, build_optimizer
+from .config import TrainConfig
+from .errors import TrainingError
+from .meter import Meter
+from .run import RunFolder
+from .settings import to_json
+from .state import TrainingState
+from .validation import Validation, ValidationStoppedError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    step: int
+    """Optimizer steps done in all."""
+    stopped_by: int | None = None
+    """The signal that stopped it, None where the run is finished; the same call resumes it."""
+    evaluation: Evaluation | None = None
+    """Of the best checkpoint on the whole validation split, once finished."""
+
+
+def train(
+    config: TrainConfig,
+    source: Source,
+    out: str | Path,
+    *,
+    recipe: str = "custom",
+    init: str | Path | None = None,
+    cpu: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train a model on `source` in the folder `out`, or resume the run that is there.
+
+    `out/last` and `out/best` are checkpoints of the averaged weights, `out/metrics.jsonl` is the log, `out/state` what
+    resuming needs. SIGTERM and Ctrl-C save and return. Raises `TrainingError` where `out` holds another run, or where
+    the loss stops being finite.
+    """
+    accelerator = _accelerator(config, cpu)
+    run = RunFolder(out, writes=accelerator.is_main_process)
+    run.open(_identity(config, source, recipe, init))
+    accelerator.wait_for_everyone()
+
+    model = build_model(config, source, init)
+    average = WeightAverage(copy.deepcopy(model).to(accelerator.device), config.ema_decay)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    attachment = attach_for_training(model, config)
+    solver_schedule = SolverSchedule(config, attachment)
+    optimizer = build_optimizer(config.optimizer, model)
+    loader, sampler = build_loader(config, source, model.config.image_size, accelerator.num_processes)
+    trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    total_steps = math.ceil(len(loader) / config.accumulation) * config.epochs
+    state = TrainingState(run, accelerator, model, average, optimizer)
+    position = state.position
+    stop = StopRequest()
+    validation = Validation(accelerator=accelerator, config=config, source=source, stop=stop)
+    meter = Meter(position.step, total_steps, shown=progress and accelerator.is_main_process)
+
+    with stop.listening(), meter, warnings.catch_warnings(), suppress(ValidationStoppedError):
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        for epoch in range(position.epoch - position.awaiting_validation, config.epochs):
+            sampler.set_epoch(epoch)
+            loader.dataset.set_epoch(epoch)
+            loader.set_epoch(epoch)
+            batches = accelerator.skip_first_batches(loader, position.batch)
+            for images, targets in () if position.awaiting_validation else batches:
+                progressed = position.step / total_steps
+                rate = config.optimizer.lr * config.schedule.factor(progressed)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                solver_schedule.set_progress(progressed)
+                # Dropout depends on the position alone, so that a resumed run draws what an uninterrupted one does.
+                torch.manual_seed(derive_seed(config.seed, epoch, position.batch, accelerator.process_index))
+
+                trained.train()
+                with accelerator.accumulate(trained):
+                    images = solver_schedule.resized(model.preprocessing.normalise(images))
+                    logits = trained(images.contiguous(memory_format=layout))
+                    loss = functional.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+                    accelerator.backward(loss)
+                    if config.clip is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained.parameters(), config.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+                position.batch += 1
+                meter.add(loss, len(targets) * accelerator.num_processes, attachment.solution)
+                if not accelerator.sync_gradients:
+                    continue
+                position.step += 1
+                average.update(model, position.step)
+                meter.step()
+                if position.step % config.log_every == 0:
+                    record = meter.record()
+                    state.check_finite(record["loss"])
+                    run.log({"type": "train", "epoch": epoch, "step": position.step, "lr": rate, **record})
+                stopping = _agreed(accelerator, stop.signal is not None)
+                if stopping or _agreed(accelerator, meter.minutes_since_save() > config.checkpoint_minutes):
+                    state.check_finite(meter.mean_loss())
+                    state.save(meter.lap())
+                if stopping:
+                    return TrainResult(step=position.step, stopped_by=stop.signal)
+
+            if not position.awaiting_validation:
+                state.check_finite(meter.mean_loss())
+                position.epoch, position.batch, position.awaiting_validation = epoch + 1, 0, True
+                state.save(meter.lap())
+            if position.epoch == config.epochs or position.epoch % config.validate_every == 0:
+                with meter.paused("validating"):
+                    found = validation.measure(average.model)
+                run.log({"type": "validation", "epoch": epoch, "step": position.step, **found.to_dict()})
+                meter.show(top1=f"{found.top1:.3f}")
+                if found.top1 >= position.best_top1:
+                    position.best_top1 = found.top1
+                    run.save_checkpoint(run.best, average.model)
+            position.awaiting_validation = False
+            state.save(meter.lap())
+
+        with meter.paused("evaluating the best checkpoint"):
+            return TrainResult(step=position.step, evaluation=validation.measure_best(run))
+    return TrainResult(step=position.step, stopped_by=stop.signal)
+
+
+def _accelerator(config: TrainConfig, cpu: bool) -> Accelerator:
+    try:
+        return require("accelerate", "train").Accelerator(
+            cpu=cpu, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+        )
+    except ValueError as error:  # such as fp16 without a GPU
+        raise TrainingError(f"mixed_precision={config.mixed_precision!r}: {error}") from error
+
+
+def _identity(config: TrainConfig, source: Source, recipe: str, init: str | Path | None) -> dict[str, Any]:
+    """What makes two calls the same run."""
+    data = {"train": len(source.train), "validation": len(source.validation), "classes": len(source.labels)}
+    return {"recipe": recipe, "init": None if init is None else str(init), "data": data, "config": to_json(config)}
+
+
+def _agreed(accelerator: Accelerator, wanted: bool) -> bool:
+    """Whether any process wants it, so that all of them do the same."""
+    if accelerator.num_processes == 1:
+        return wanted
+    flag = torch.tensor(float(wanted), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)

@@ -1,0 +1,169 @@
+"""The folder of a run: its configuration, its log, its checkpoints, and where it stands."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phantomgrad_hub.models.mdeq import MDEQ
+
+from .errors import TrainingError
+from .files import repair_folder, write_file, write_folder, write_json
+from .settings import differing_keys
+
+PACKAGES = ("phantomgrad", "torch", "torchvision", "accelerate", "datasets", "numpy", "pillow", "safetensors")
+
+
+@dataclass
+class Position:
+    """How far a run is: the next batch to train on, and what it took to get there."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches done in this epoch, by each process."""
+    step: int = 0
+    """Optimizer steps done in all."""
+    seconds: float = 0.0
+    best_top1: float = -1.0
+    awaiting_validation: bool = False
+    """The epoch before `epoch` is trained, but not validated yet."""
+
+
+class RunFolder:
+    """Reads and writes `RUN`; only the main process writes."""
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path = Path(path)
+        self.last, self.best = self.path / "last", self.path / "best"
+        self._state = self.path / "state" / "state.pt"
+        self._metrics = self.path / "metrics.jsonl"
+        self._result = self.path / "result.json"
+        self._writes = writes
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Create the folder, or check that it holds a run of this very `config`; raises `TrainingError`."""
+        if not self._writes:
+            return
+        stored = self.path / "config.json"
+        if stored.is_file():
+            self._check_config(stored, config)
+        elif self.path.is_dir() and any(entry.name != ".gitignore" for entry in self.path.iterdir()):
+            raise TrainingError(f"{self.path} is not empty and is no run; give another folder.")
+        elif self.path.exists() and not self.path.is_dir():
+            raise TrainingError(f"{self.path} is a file; give a folder.")
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        for checkpoint in (self.last, self.best):
+            repair_folder(checkpoint)
+        if not stored.is_file():
+            write_json(stored, config)
+
+    def _check_config(self, stored: Path, config: dict[str, Any]) -> None:
+        try:
+            old = json.loads(stored.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TrainingError(f"{stored} is damaged ({error}); give another folder.") from error
+        if keys := differing_keys(old, json.loads(json.dumps(config))):
+            raise TrainingError(
+                f"{self.path} holds a run with another configuration: {', '.join(keys)} differ. "
+                "Resume with the same command, or give another folder."
+            )
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save` stored, None where the run has not been saved yet."""
+        if not self._state.is_file():
+            return None
+        try:
+            return torch.load(self._state, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(
+                f"{self._state} is damaged; delete {self._state.parent} to start the run anew."
+            ) from error
+
+    def save(self, state: dict[str, Any], model: MDEQ) -> None:
+        """Store where training stands, and the model it would hand out now as `RUN/last`."""
+        if not self._writes:
+            return
+        # The state goes first: `last` can be made again from it, but not the other way round.
+        write_file(self._state, lambda partial: torch.save(state, partial))
+        self.save_checkpoint(self.last, model)
+
+    def save_checkpoint(self, folder: Path, model: MDEQ) -> None:
+        """Put a checkpoint of `model` in the place of `folder`."""
+        if self._writes:
+            write_folder(folder, model.save_pretrained)
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        """Store the evaluation of the finished run."""
+        if self._writes:
+            write_json(self._result, result)
+
+    def load_result(self) -> dict[str, Any] | None:
+        """What `save_result` stored; None before the run is finished."""
+        return json.loads(self._result.read_text(encoding="utf-8")) if self._result.is_file() else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to the metrics."""
+        if self._writes:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def rewind_log(self, position: Position) -> None:
+        """Drop the lines that a run resumed at `position` writes again."""
+        if not (self._writes and self._metrics.is_file()):
+            return
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                break
+            repeated = position.awaiting_validation and record["type"] == "validation"
+            if record["step"] < position.step or (record["step"] == position.step and not repeated):
+                kept.append(line + "\n")
+        write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8") and None)
+
+    def log_environment(self, device: torch.device, processes: int, step: int) -> None:
+        """Add this session to `environment.json`: versions, machine, and the step it starts at."""
+        if not self._writes:
+            return
+        file = self.path / "environment.json"
+        try:
+            sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+        except (OSError, ValueError, KeyError):
+            sessions = []
+        sessions.append({"step": step, "device": _device_name(device), "processes": processes} | _environment())
+        write_json(file, {"sessions": sessions})
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": sys.version.split()[0],
+        "packages": versions,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"

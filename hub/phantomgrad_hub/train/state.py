@@ -1,0 +1,69 @@
+"""What resuming needs, and when it may be stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phantomgrad_hub.models.mdeq import MDEQ
+
+from .average import WeightAverage
+from .errors import TrainingError
+from .run import Position, RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class TrainingState:
+    """Weights, their average, the optimizer and the position of a run; loaded from the run's folder when made."""
+
+    run: RunFolder
+    accelerator: Accelerator
+    model: MDEQ
+    average: WeightAverage
+    optimizer: Any
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        stored = self.run.load_state()
+        if stored is not None:
+            self.position = Position(**stored["position"])
+            self.model.load_state_dict(stored["model"])
+            self.average.model.load_state_dict(stored["average"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            if self.accelerator.scaler is not None and stored["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(stored["scaler"])
+        self._saved_step = self.position.step
+        self.run.rewind_log(self.position)
+        self.run.log_environment(self.accelerator.device, self.accelerator.num_processes, self.position.step)
+
+    def save(self, seconds: float) -> None:
+        """Store everything, and the averaged model as `RUN/last`; `seconds` have passed since the last time."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            self.check_finite(math.nan)
+        self.position.seconds += seconds
+        self.average.follow(self.model)
+        scaler = self.accelerator.scaler
+        stored = {
+            "position": asdict(self.position),
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        self.run.save(stored, self.average.model)
+        self.accelerator.wait_for_everyone()
+        self._saved_step = self.position.step
+
+    def check_finite(self, loss: float) -> None:
+        """Raise `TrainingError` where the loss, or a weight, has become infinite or NaN."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} by step {self.position.step}; {self.run.path} still holds step "
+                f"{self._saved_step}. Start another run with a lower optimizer.lr or a lower clip."
+            )
