@@ -13,7 +13,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules import batchnorm
+
+NormBase = batchnorm._NormBase
+"""BatchNorm and InstanceNorm of any number of dimensions."""
 
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 _Buffers = list[tuple[nn.Module, str, Tensor]]

@@ -131,6 +131,7 @@ def test_predict_prints_classes_steps_and_residual(
     assert printed.err == ""
 
 
+@pytest.mark.filterwarnings("ignore::phantomgrad.NotConvergedWarning")  # of `classify`
 def test_predict_reads_folders_in_batches_and_prints_json(
     checkpoint: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,7 +286,7 @@ def test_convert_refuses_what_is_no_official_checkpoint(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("package", "extra", "arguments"),
     [
-        ("PIL.Image", "hub", ["predict", "{photo}", "--checkpoint", "{checkpoint}"]),
+        ("PIL", "hub", ["predict", "{photo}", "--checkpoint", "{checkpoint}"]),
         ("safetensors", "hub", ["predict", "{photo}", "--checkpoint", "{checkpoint}"]),
         ("torchvision.datasets", "train", ["evaluate", "{checkpoint}", "--data", "{data}"]),
         ("accelerate", "train", ["train", "tiny_imagenet", "--data", "{data}", "--out", "{out}", *RECIPE]),

@@ -48,9 +48,9 @@ def run(options: argparse.Namespace) -> int:
     model = MDEQ.from_pretrained(options.checkpoint).to(default_device(options.device))
     source = open_source(options.data, seed=options.seed)
     images = source.validation if options.split == "validation" else source.train
-    with require("tqdm", "train").tqdm(
-        total=len(images), unit="photo", disable=options.no_progress, leave=False
-    ) as bar:
+    # None shows the bar on a terminal only.
+    hidden = True if options.no_progress else None
+    with require("tqdm", "train").tqdm(total=len(images), unit="photo", disable=hidden, leave=False) as bar:
         found = evaluate(
             model,
             images,

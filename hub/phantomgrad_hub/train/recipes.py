@@ -37,7 +37,7 @@ def tiny_imagenet() -> TrainConfig:
             SolverPhase(until=0.8, solver_steps=3, phantom_steps=3, image_size=48),
             SolverPhase(until=1.0, solver_steps=8, phantom_steps=3),
         ),
-        epochs=7,
+        epochs=6,
         batch_size=128,
         clip=1.0,
         label_smoothing=0.1,
