@@ -102,8 +102,9 @@ def test_plain_install_brings_torch_only_and_names_the_missing_extras(
     ):
         result = installed.phantomgrad(*arguments)
         assert result.returncode == 1, result.stderr
-        assert f"pip install 'phantomgrad[{extra}]'" in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+        # Without numpy torch warns at its import, before anything of ours runs; the last line is ours.
+        assert result.stderr.rstrip().endswith(f"run: pip install 'phantomgrad[{extra}]'"), result.stderr
+        assert "Traceback" not in result.stderr
     assert installed.phantomgrad("--version").returncode == 0
     assert installed.phantomgrad("predict").returncode == 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -45,7 +45,8 @@ class Evaluation:
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
         """The evaluation that `to_dict` wrote."""
         by_steps = {int(steps): accuracy for steps, accuracy in values["accuracy_by_steps"].items()}
-        return cls(**{**values, "accuracy_by_steps": by_steps})
+        plain: dict[str, Any] = {**values, "accuracy_by_steps": by_steps}
+        return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -170,7 +171,7 @@ def best_states(solution: Solution, steps: Sequence[int]) -> Iterator[tuple[int,
 
 
 @contextmanager
-def _evaluating(model: MDEQ, steps: Sequence[int]) -> Iterator[None]:
+def _evaluating(model: MDEQ, steps: Sequence[int]) -> Generator[None, None, None]:
     """Evaluation mode without gradients, states traced where accuracies by steps are wanted."""
     was_training = model.training
     [attachment] = attachments(model.block)
@@ -191,6 +192,7 @@ def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[in
     logits = model(images)
     [attachment] = attachments(model.block)
     solution = attachment.solution
+    assert solution is not None
     own = logits.gather(1, targets[:, None])
     record = {
         "rank": (logits > own).sum(1),

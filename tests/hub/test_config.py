@@ -74,8 +74,11 @@ def test_gradient_and_solver_are_named_in_json() -> None:
         ({"final_channels": 32}, "final_channels must be None for the pooled head, got 32"),
         ({"conv_init_std": 0.0}, "conv_init_std must be None or a number above 0"),
         ({"input_downsamplings": 7}, "input_downsamplings must be an integer between 0 and 6, got 7"),
-        ({"gradient": "UnrolledPhantom"}, "gradient must be one of UnrolledPhantom, NeumannPhantom, OneStep, Implicit"),
-        ({"solver": UnrolledPhantom()}, "solver must be one of FixedPointIteration, Anderson"),
+        (
+            {"gradient": "UnrolledPhantom"},
+            "gradient must be one of UnrolledPhantom, NeumannPhantom, KrylovPhantom, OneStep, Implicit",
+        ),
+        ({"solver": UnrolledPhantom()}, "solver must be one of FixedPointIteration, Anderson, Broyden"),
         ({"solver": FixedPointIteration(max_steps=10**6)}, "solver: max_steps must be at most 10000, got 1000000"),
         ({"gradient": UnrolledPhantom(steps=10**6)}, "gradient: steps must be at most 10000"),
         ({"solver": Anderson(memory=10**4)}, "solver: memory must be at most 100"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import Any
 
 from phantomgrad_hub.extras import require
 
-from .common import UsageError, add_command
+from .common import INTERRUPTED, UsageError, add_command
 
 
 def add_parser(commands: Any) -> None:
@@ -36,5 +38,11 @@ def run(options: argparse.Namespace) -> int:
     require("gradio", "demo")
     # By name: the hub does not depend on the demo.
     app = require("phantomgrad_demo.app", "demo")
-    app.launch(checkpoint=options.checkpoint, host=options.host, port=options.port)
+    try:
+        app.launch(checkpoint=options.checkpoint, host=options.host, port=options.port)
+    except KeyboardInterrupt:
+        # A visitor's thread may still be inside torch; the interpreter aborts if it shuts down under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     return 0

@@ -32,11 +32,13 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
     parser = build_parser()
+    command = PROGRAM
     try:
         options = parser.parse_args(arguments)
         if options.command is None:
             parser.print_help()
             return 0
+        command = f"{PROGRAM} {options.command}"
         status: int = options.run(options)
         sys.stdout.flush()
         return status
@@ -48,16 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UsageError as error:
-        fail(f"{PROGRAM} {options.command}: {error}")
+        fail(f"{command}: {error}")
         return 2
     except (PhantomGradError, OSError) as error:
-        fail(f"{PROGRAM} {options.command}: {error}")
+        fail(f"{command}: {error}")
         return 1
     except Exception as error:
         if os.environ.get("PHANTOMGRAD_TRACEBACK"):
             raise
         fail(
-            f"{PROGRAM} {options.command}: unexpected {type(error).__name__}: {error} "
+            f"{command}: unexpected {type(error).__name__}: {error} "
             "(set PHANTOMGRAD_TRACEBACK=1 to see where, and please report it)"
         )
         return 1

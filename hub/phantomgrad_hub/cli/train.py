@@ -45,6 +45,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, print what came out, and return the exit status."""
     from phantomgrad_hub.data import open_source
+    from phantomgrad_hub.extras import require
     from phantomgrad_hub.train import RECIPES, SettingError, apply_settings, train
 
     if options.recipe not in RECIPES:
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         cpu=options.device is not None,
         progress=not options.no_progress,
     )
-    _report(options, result)
+    if require("accelerate", "train").PartialState().is_main_process:
+        _report(options, result)
     return INTERRUPTED if result.stopped_by == signal.SIGINT else 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from phantomgrad_hub.models.mdeq import MDEQ
 
 
 class WeightAverage:
@@ -13,21 +14,21 @@ class WeightAverage:
     `(1 + n) / (10 + n)` after `n` updates, so that it does not hold on to the random start. Buffers are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: MDEQ, decay: float) -> None:
         self.model = model.requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, trained: nn.Module, updates: int) -> None:
+    def update(self, trained: MDEQ, updates: int) -> None:
         """Take in the weights after `updates` optimizer steps."""
         if not self.decay:
             return
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        average = list(self.model.parameters())
-        torch._foreach_lerp_(average, list(trained.parameters()), 1 - decay)
+        for own, other in zip(self.model.parameters(), trained.parameters(), strict=True):
+            own.lerp_(other, 1 - decay)
 
     @torch.no_grad()
-    def follow(self, trained: nn.Module) -> None:
+    def follow(self, trained: MDEQ) -> None:
         """Bring buffers up to date, and the weights as well where there is no averaging."""
         for own, other in zip(self.model.buffers(), trained.buffers(), strict=True):
             own.copy_(other)

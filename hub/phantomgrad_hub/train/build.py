@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def build_loader(
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=True,
-        collate_fn=keep_batch,
+        collate_fn=keep_batch,  # pyright: ignore[reportArgumentType]  (typed for a list of samples)
         num_workers=config.workers,
         worker_init_fn=_leave_signals_to_parent,
         multiprocessing_context=_start_method(config.workers),
@@ -167,7 +167,7 @@ class StopRequest:
         self.signal = number
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
+    def listening(self) -> Generator[StopRequest, None, None]:
         """Note the signals instead of dying from them; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield self

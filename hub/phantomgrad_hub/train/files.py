@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it in its place in one step."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -25,7 +25,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

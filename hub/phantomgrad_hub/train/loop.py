@@ -168,4 +168,5 @@ def _agreed(accelerator: Accelerator, wanted: bool) -> bool:
     if accelerator.num_processes == 1:
         return wanted
     flag = torch.tensor(float(wanted), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+    wanting: Any = accelerator.reduce(flag, reduction="sum")
+    return bool(wanting > 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -83,7 +83,7 @@ class Meter:
         self._bar.set_postfix(self._shown)
 
     @contextmanager
-    def paused(self, what: str) -> Iterator[None]:
+    def paused(self, what: str) -> Generator[None, None, None]:
         """Time that is not counted as training."""
         start = time.perf_counter()
         self._bar.set_description(what)

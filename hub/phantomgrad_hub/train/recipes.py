@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from phantomgrad import FixedPointIteration, UnrolledPhantom
+from phantomgrad import Anderson, FixedPointIteration, UnrolledPhantom
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.data.transforms import AugmentationConfig
 
@@ -27,7 +27,7 @@ def tiny_imagenet() -> TrainConfig:
             conv_init_std=None,
             gradient=UnrolledPhantom(steps=3, damping=0.7),
             solver=FixedPointIteration(damping=0.7, max_steps=8),
-            eval_solver=FixedPointIteration(damping=0.7, max_steps=24, rtol=1e-2),
+            eval_solver=Anderson(max_steps=48, rtol=1e-2),
         ),
         augmentation=AugmentationConfig(crop="pad", padding=0.125, flip=True),
         optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98)),

@@ -128,7 +128,7 @@ class RunFolder:
             repeated = position.awaiting_validation and record["type"] == "validation"
             if record["step"] < position.step or (record["step"] == position.step and not repeated):
                 kept.append(line + "\n")
-        write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8") and None)
+        write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
     def log_environment(self, device: torch.device, processes: int, step: int) -> None:
         """Add this session to `environment.json`: versions, machine, and the step it starts at."""

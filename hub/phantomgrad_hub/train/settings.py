@@ -82,14 +82,19 @@ def _new_value(old: Any, node: Tree, hint: Any, key: str, known: list[str]) -> A
     if not edits:
         return value
     if not is_dataclass(value):
-        classes = [member.__name__ for member in _members(hint) if is_dataclass(member)]
+        classes = [member.__name__ for member in _classes(hint)]
         cure = f"set {key} to one of {', '.join(classes)} first" if classes else "it has no fields"
         raise SettingError(f"--set {key}.{next(iter(edits))}: {key} is {value!r}; {cure}")
     return _edited(value, edits, f"{key}.", known)
 
 
+def _classes(hint: Any) -> list[type[Any]]:
+    """The dataclasses that a field of this type may hold."""
+    return [member for member in _members(hint) if isinstance(member, type) and is_dataclass(member)]
+
+
 def _parse(text: str, hint: Any, key: str) -> Any:
-    classes = {member.__name__: member for member in _members(hint) if is_dataclass(member)}
+    classes = {member.__name__: member for member in _classes(hint)}
     try:
         expression = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError):

@@ -1,0 +1,76 @@
+"""Example photos with free licences, read in place from packages that ship them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+CC0 = "https://creativecommons.org/publicdomain/zero/1.0/"
+CC_BY = "https://creativecommons.org/licenses/by/2.0/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplePhoto:
+    """One photo: what it shows, where it lies, and whom to thank."""
+
+    title: str
+    author: str
+    licence: str
+    licence_url: str | None
+    package: str
+    """The name the package is imported by."""
+    distribution: str
+    """The name the package is known by."""
+    file: str
+    """Its path inside the package."""
+
+    def find(self) -> Path | None:
+        """The file, or None where the package is not installed or does not ship it."""
+        # The package is located, not imported: that would take a second.
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).parent / self.file
+        return path if path.is_file() else None
+
+
+def _from_skimage(file: str, title: str, author: str, licence: str, licence_url: str | None = None) -> ExamplePhoto:
+    return ExamplePhoto(
+        title=title,
+        author=author,
+        licence=licence,
+        licence_url=licence_url,
+        package="skimage",
+        distribution="scikit-image",
+        file=f"data/{file}",
+    )
+
+
+def _from_sklearn(file: str, title: str, author: str) -> ExamplePhoto:
+    return ExamplePhoto(
+        title=title,
+        author=author,
+        licence="CC BY 2.0",
+        licence_url=CC_BY,
+        package="sklearn",
+        distribution="scikit-learn",
+        file=f"datasets/images/{file}",
+    )
+
+
+# Authors and licences as stated by the docstrings of `skimage.data` and by `sklearn/datasets/images/README.txt`
+# (whose link, not its text, names the author of the flower).
+PHOTOS = (
+    _from_skimage("coffee.png", "Coffee cup", "Rachel Michetti", "CC0", CC0),
+    _from_skimage("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", CC0),
+    _from_sklearn("flower.jpg", "Flower", "vultilion"),
+    _from_skimage("rocket.jpg", "Rocket launch", "SpaceX", "public domain"),
+    _from_skimage("astronaut.png", "Astronaut", "NASA", "public domain"),
+    _from_sklearn("china.jpg", "Summer palace", "danielbuechele"),
+)
+
+
+def available() -> tuple[ExamplePhoto, ...]:
+    """The example photos that are installed on this machine."""
+    return tuple(photo for photo in PHOTOS if photo.find() is not None)

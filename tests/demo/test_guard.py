@@ -1,0 +1,156 @@
+"""Whatever a visitor sends becomes an upright RGB photo or one sentence that names no path."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
+
+from gradio.data_classes import ImageData  # noqa: E402
+
+from phantomgrad_demo.guard import GuardedImage, refusal  # noqa: E402
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def sent(content: bytes, tmp_path: Path, name: str = "photo.png") -> Image.Image:
+    """What the event gets where `content` was uploaded."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    photo = GuardedImage(type="pil").preprocess(ImageData(path=str(path), orig_name=name))
+    assert photo is not None
+    assert photo.mode == "RGB"
+    return photo
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def colour(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    pixel = image.getpixel((x, y))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds almost nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_nothing_sent_is_none() -> None:
+    assert GuardedImage(type="pil").preprocess(None) is None
+
+
+def test_exif_turns_the_photo_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), RED)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert sent(encoded(image, "JPEG", exif=exif), tmp_path).size == (4, 8)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    content = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    red, green, blue = colour(sent(content, tmp_path), 4, 4)
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    photo = sent(encoded(Image.new("I;16", (4, 4), 32896)), tmp_path)
+    assert photo.getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grayscale(mode: str, tmp_path: Path) -> None:
+    assert sent(encoded(Image.new(mode, (4, 4), 255)), tmp_path).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_lies_on_white(mode: str, tmp_path: Path) -> None:
+    assert sent(encoded(Image.new(mode, (4, 4))), tmp_path).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_counts(kind: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), shade) for shade in (RED, WHITE)]
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    red, green, _ = colour(sent(content, tmp_path))
+    assert red > 240
+    assert green < 15
+
+
+def test_one_pixel(tmp_path: Path) -> None:
+    assert sent(encoded(Image.new("RGB", (1, 1), RED)), tmp_path).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (lambda: b"just some text\n", "holiday.jpg", "not a photo in a known format"),
+        (lambda: b"", "empty.png", "not a photo in a known format"),
+        (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "drawing.svg", "not a photo in a known format"),
+        (lambda: b"%PDF-1.7\n", "paper.pdf", "not a photo in a known format"),
+        (lambda: encoded(Image.effect_noise((64, 64), 50))[:1500], "cut.png", "damaged or truncated"),
+        (lambda: encoded(Image.effect_noise((64, 64), 50), "JPEG")[:700], "cut.jpg", "damaged or truncated"),
+        (lambda: png_header(13_000, 13_000), "large.png", "13000 x 13000 pixels, more than the 40 million"),
+        (lambda: png_header(30_000, 30_000), "bomb.png", "more than the 40 million pixels"),
+        (lambda: png_header(100_000, 100_000), "bomb.png", "more than the 40 million pixels"),
+    ],
+    ids=["text", "empty", "svg", "pdf", "truncated png", "truncated jpeg", "large", "huge", "bomb"],
+)
+def test_everything_else_is_refused_in_words(
+    content: Callable[[], bytes], name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(gr.Error) as caught:
+        sent(content(), tmp_path, name)
+    assert message in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+    assert name not in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.print_exception is False
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(gr.Error, match="send it again"):
+        GuardedImage(type="pil").preprocess(ImageData(path=str(tmp_path / "gone.png")))
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.png", "https://example.org/x.png", "file:///etc/passwd"])
+def test_addresses_are_never_fetched(address: str) -> None:
+    image = GuardedImage(type="pil")
+    with pytest.raises(gr.Error, match="not an address"):
+        asyncio.run(image.async_move_resource_to_block_cache(address))
+
+
+def test_a_data_address_is_not_read() -> None:
+    payload = ImageData(url="data:image/png;base64,iVBORw0KGgo=")
+    with pytest.raises(gr.Error, match="must be an uploaded file"):
+        GuardedImage(type="pil").preprocess(payload)
+
+
+def test_messages_cannot_bring_markup() -> None:
+    assert refusal("broken chunk <img src=x>.").message == "Broken chunk &lt;img src=x&gt;."
+
+
+def test_defining_the_component_left_no_stub_beside_its_module() -> None:
+    import phantomgrad_demo.guard
+
+    assert not Path(phantomgrad_demo.guard.__file__).with_suffix(".pyi").exists()
+    assert GuardedImage(type="pil").get_block_name() == "image"
