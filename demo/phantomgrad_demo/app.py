@@ -57,7 +57,7 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
     model = MDEQ.from_pretrained(folder).eval()
     handlers = Handlers(model=model, examples=photos.available())
     first = handlers.open_example(0) if handlers.examples else None
-    first_answer, first_figures = handlers.show(first, handlers.default_steps)
+    first_answer, first_figures = handlers.show(first, handlers.most_steps)
     first_credit = markup.credit(handlers.examples[0]) if handlers.examples else ""
     buttons = markup.example_buttons(handlers.examples)
 
@@ -84,7 +84,7 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
                 steps = gr.Slider(
                     1,
                     handlers.most_steps,
-                    value=handlers.default_steps,
+                    value=handlers.most_steps,
                     step=1,
                     label="Most solver steps",
                     info="How much the network may think: stop it earlier and see what it would have said.",
@@ -95,12 +95,13 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
         _html(markup.class_list(model.labels), js_on_load=markup.SEARCH_CLASSES, elem_id="pg-classes")
 
         shared: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        private: dict[str, Any] = {**shared, "api_visibility": "private"}
+        # By default Gradio drops an event while the previous one runs; here the last one counts.
+        private: dict[str, Any] = {**shared, "api_visibility": "private", "trigger_mode": "always_last"}
         shown = [answer, figures]
         uploaded = photo.input(handlers.show_upload, [photo, steps], [*shown, credit], **private)
         uploaded.failure(handlers.show_nothing, None, [*shown, credit], **private)
-        steps.change(handlers.show, [photo, steps], shown, trigger_mode="always_last", **private)
-        picker.click(handlers.show_example, [steps], [photo, *shown, credit], trigger_mode="always_last", **private)
+        steps.change(handlers.show, [photo, steps], shown, **private)
+        picker.click(handlers.show_example, [steps], [photo, *shown, credit], **private)
         # No trigger: the endpoint is for programs, which see its parameter's name and its result.
         gr.on(
             [],

@@ -44,7 +44,7 @@ def model_line(model: MDEQ, facts: Facts) -> str:
     """One line on the model: what it is, on what it was trained, and how good it is."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     trained = f" trained with phantom gradients on {facts.dataset}" if facts.dataset else ""
-    accuracy = f"; {facts.accuracy:.1%} of its validation images right" if facts.accuracy is not None else ""
+    accuracy = f"; {100 * facts.accuracy:.1f} % of its validation images right" if facts.accuracy is not None else ""
     size = f"{millions:.1f} million" if millions >= 0.1 else f"{millions * 1e6:,.0f}"
     return f"Multiscale DEQ of {size} parameters{trained}; {len(model.labels)} classes{accuracy}."
 

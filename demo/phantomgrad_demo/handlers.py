@@ -27,14 +27,9 @@ class Handlers:
     examples: tuple[ExamplePhoto, ...]
 
     @property
-    def default_steps(self) -> int:
-        """The most steps of the checkpoint's own solver."""
-        return solver_of(self.model).max_steps
-
-    @property
     def most_steps(self) -> int:
-        """The most steps a visitor may ask for."""
-        return 2 * self.default_steps
+        """The most steps a visitor may ask for: what the checkpoint's own solver takes."""
+        return solver_of(self.model).max_steps
 
     def show(self, photo: Image | None, steps: int) -> tuple[str, str]:
         """The answer and its figures as HTML."""
@@ -64,7 +59,7 @@ class Handlers:
         """Every class with its probability, best first."""
         if photo is None:
             raise refusal("send a photo")
-        return dict(self._answer(photo, self.default_steps).probabilities)
+        return dict(self._answer(photo, self.most_steps).probabilities)
 
     def open_example(self, index: int) -> Image:
         """An example photo."""

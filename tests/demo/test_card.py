@@ -34,7 +34,7 @@ def test_reads_the_cards_front_matter(metric: str, value: float, tmp_path: Path,
     assert facts.dataset == "Tiny ImageNet"
     assert facts.accuracy == pytest.approx(0.361)
     line = model_line(model, facts)
-    assert "trained with phantom gradients on Tiny ImageNet; 8 classes; 36.1% of its validation images right." in line
+    assert "trained with phantom gradients on Tiny ImageNet; 8 classes; 36.1 % of its validation images right." in line
 
 
 @pytest.mark.parametrize("text", [None, "", "no front matter", "---\n: [\n---\n", "---\nmodel-index: 3\n---\n"])
