@@ -18,13 +18,17 @@ from phantomgrad._errors import NotConvergedWarning as NotConvergedWarning
 from phantomgrad._errors import PhantomGradError as PhantomGradError
 from phantomgrad._errors import StateMismatchError as StateMismatchError
 from phantomgrad._fixed_point import fixed_point as fixed_point
+from phantomgrad._solution import AdjointSolve as AdjointSolve
 from phantomgrad._solution import Solution as Solution
 from phantomgrad._solution import Trace as Trace
+from phantomgrad.gradients import AdaptivePhantom as AdaptivePhantom
+from phantomgrad.gradients import Backprop as Backprop
 from phantomgrad.gradients import Gradient as Gradient
 from phantomgrad.gradients import Implicit as Implicit
 from phantomgrad.gradients import KrylovPhantom as KrylovPhantom
 from phantomgrad.gradients import NeumannPhantom as NeumannPhantom
 from phantomgrad.gradients import OneStep as OneStep
+from phantomgrad.gradients import Shine as Shine
 from phantomgrad.gradients import UnrolledPhantom as UnrolledPhantom
 from phantomgrad.solvers import Anderson as Anderson
 from phantomgrad.solvers import Broyden as Broyden
@@ -34,9 +38,12 @@ from phantomgrad.solvers import Solver as Solver
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptivePhantom",
+    "AdjointSolve",
     "Anderson",
     "AttachError",
     "Attachment",
+    "Backprop",
     "Broyden",
     "DivergedError",
     "FixedPointIteration",
@@ -48,6 +55,7 @@ __all__ = [
     "NotConvergedWarning",
     "OneStep",
     "PhantomGradError",
+    "Shine",
     "Solution",
     "Solver",
     "StateMismatchError",

@@ -71,12 +71,13 @@ def attach(
     settings = Settings(
         gradient=UnrolledPhantom() if gradient is None else gradient,
         solver=FixedPointIteration() if solver is None else solver,
+        eval_solver=eval_solver,
         batch_dim=batch_dim,
         on_failure=on_failure,
         on_step=on_step,
         process_group=process_group,
     )
-    return Attachment(module, settings, state=state, output=output, eval_solver=eval_solver, compile=compile)
+    return Attachment(module, settings, state=state, output=output, compile=compile)
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -114,13 +115,10 @@ class Attachment(Bound):
         *,
         state: int | str,
         output: int | str | None,
-        eval_solver: Solver | None,
         compile: bool,
     ) -> None:
         super().__init__(module)
         self._settings = settings
-        self._eval_settings = settings if eval_solver is None else replace(settings, solver=eval_solver)
-        self._has_eval_solver = eval_solver is not None
         self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self._state = _StateArgument(module, state)
         self._output = output
@@ -155,7 +153,6 @@ class Attachment(Bound):
     @gradient.setter
     def gradient(self, gradient: Gradient) -> None:
         self._settings = replace(self._settings, gradient=gradient)
-        self._eval_settings = replace(self._eval_settings, gradient=gradient)
 
     @property
     def solver(self) -> Solver:
@@ -165,18 +162,15 @@ class Attachment(Bound):
     @solver.setter
     def solver(self, solver: Solver) -> None:
         self._settings = replace(self._settings, solver=solver)
-        if not self._has_eval_solver:
-            self._eval_settings = self._settings
 
     @property
     def eval_solver(self) -> Solver | None:
         """The solver where grad mode is off; None takes `solver`; assignable."""
-        return self._eval_settings.solver if self._has_eval_solver else None
+        return self._settings.eval_solver
 
     @eval_solver.setter
     def eval_solver(self, solver: Solver | None) -> None:
-        self._eval_settings = replace(self._settings, solver=self.solver if solver is None else solver)
-        self._has_eval_solver = solver is not None
+        self._settings = replace(self._settings, eval_solver=solver)
 
     @property
     def solution(self) -> Solution | None:
@@ -191,9 +185,10 @@ class Attachment(Bound):
     @contextmanager
     def using(self, *, gradient: Gradient | None = None, solver: Solver | None = None) -> Generator[Self, None, None]:
         """Other settings for this thread within a `with`; `solver` then holds with and without grad."""
-        given = {"gradient": gradient, "solver": solver}
-        changes = {name: value for name, value in given.items() if value is not None}
-        replace(self._settings, **changes)  # a wrong value is refused before anything changes
+        changes: dict[str, Any] = {} if gradient is None else {"gradient": gradient}
+        if solver is not None:
+            changes |= {"solver": solver, "eval_solver": None}
+        replace(self._current_settings(), **changes)  # a wrong value is refused before anything changes
         self._thread.overrides.append(changes)
         try:
             yield self
@@ -244,19 +239,26 @@ class Attachment(Bound):
         thread = self._thread
         if thread.disabled:
             return self.step(*args, **kwargs)
-        settings = self._settings if torch.is_grad_enabled() else self._eval_settings
-        for changes in thread.overrides:
-            settings = replace(settings, **changes)
+        settings = self._current_settings()
         z0, others, call = self._state.split(args, kwargs, self.step)
         module = self.module
-        cell = Cell(call, z0, output=self._output, where=self._where, scope=OncePerSolve(module))
-        if torch.is_grad_enabled():
+        cell = Cell(
+            call, z0, output=self._output, where=self._where, scope=OncePerSolve(module), compiled=self._compile
+        )
+        if torch.is_grad_enabled() and not settings.gradient.records_solve:
             self._check_start(z0, cell, others, module)
         leaves, solution = run(cell, settings, visible=_chain(others, module), report=self._report)
         thread.solution = solution
         thread.last_output = [weakref.ref(leaf) for leaf in leaves]
         value = cell.structure.unflatten(leaves)
         return value if self._output is None else cell.replace_state(value)
+
+    def _current_settings(self) -> Settings:
+        """The settings of a call in this thread."""
+        settings = self._settings
+        for changes in self._thread.overrides:
+            settings = replace(settings, **changes)
+        return settings
 
     def _check_start(self, z0: State, cell: Cell, others: tuple[Any, ...], module: nn.Module) -> None:
         """Warn about the two silent mistakes that users make with the start."""

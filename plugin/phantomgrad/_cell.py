@@ -32,11 +32,14 @@ class Cell:
         output: int | str | None = None,
         where: Callable[[], str] = lambda: "",
         scope: OncePerSolve | None = None,
+        compiled: bool = False,
     ) -> None:
         self.structure = Structure.of(state)
         leaves = self.structure.flatten(state)
         assert leaves is not None
         self.start: Leaves = tuple(leaf.detach() for leaf in leaves)
+        self.compiled = compiled
+        self._given: Leaves = leaves
         self.returned: Any = None
         self._step = step
         self._output = output
@@ -69,6 +72,11 @@ class Cell:
                 "instead of `z += ...`, and use operations without a trailing underscore."
             )
         return self._checked(state, returned)
+
+    def take_given(self) -> Leaves:
+        """The start as it was given, with its history, which this no longer refers to."""
+        given, self._given = self._given, self.start
+        return given
 
     def finish(self) -> None:
         """After the solve: make the updates that one evaluation would have made."""

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from phantomgrad._cell import Cell
 from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._samples import Samples
-from phantomgrad._solution import Solution, Trace
+from phantomgrad._solution import AdjointSolve, Solution, Trace
 from phantomgrad._solve import Agree, Solved, solve
 from phantomgrad._state import Leaves, State, detach
 from phantomgrad.gradients import Gradient, UnrolledPhantom
@@ -33,6 +34,8 @@ class Settings:
 
     gradient: Gradient
     solver: Solver
+    eval_solver: Solver | None = None
+    """The solver where grad mode is off; None takes `solver`."""
     batch_dim: int | None = 0
     on_failure: OnFailure = "warn"
     on_step: OnStep | None = None
@@ -45,12 +48,21 @@ class Settings:
                     f"{name} must be a phantomgrad {kind.__name__} object such as {_EXAMPLES[name]}, "
                     f"got {getattr(self, name)!r}."
                 )
+        if self.eval_solver is not None and not isinstance(self.eval_solver, Solver):
+            raise TypeError(f"eval_solver must be a phantomgrad Solver object or None, got {self.eval_solver!r}.")
+        self.gradient.solver_for(self.solver)  # refuses a combination that cannot work
         if self.batch_dim is not None and (isinstance(self.batch_dim, bool) or not isinstance(self.batch_dim, int)):
             raise TypeError(f"batch_dim must be an integer or None, got {self.batch_dim!r}.")
         if self.on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure must be one of 'warn', 'raise', 'ignore', got {self.on_failure!r}.")
         if self.on_step is not None and not callable(self.on_step):
             raise TypeError(f"on_step must be callable or None, got {self.on_step!r}.")
+
+    @property
+    def running_solver(self) -> Solver:
+        """The solver of a call made in the present grad mode."""
+        chosen = self.solver if torch.is_grad_enabled() or self.eval_solver is None else self.eval_solver
+        return self.gradient.solver_for(chosen) if self.gradient.records_solve else chosen
 
 
 _EXAMPLES = {"gradient": "UnrolledPhantom(steps=5)", "solver": "Anderson()"}
@@ -139,47 +151,61 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     out whether the map has captured something that does.
     """
     samples = Samples(cell.start, settings.batch_dim)
-    wants_grad = torch.is_grad_enabled() and any(_requires_grad(value) for value in visible)
-    probe = _Probe(cell) if torch.is_grad_enabled() and not wants_grad else None
-    solver, on_failure = settings.solver, settings.on_failure
-    on_step = settings.on_step
+    gradient, solver = settings.gradient, settings.running_solver
+    recorded = gradient.records_solve and torch.is_grad_enabled()
+    given = cell.take_given()
+    start = given if recorded else cell.start
+    wants_grad = torch.is_grad_enabled() and any(map(_requires_grad, chain((start,), visible)))
+    probe = _Probe(cell) if torch.is_grad_enabled() and not wants_grad and not recorded else None
+    on_step, agree = settings.on_step, _agreement(settings.process_group)
     tolerance_dtype = _tolerance_dtype(samples)
     solved = solve(
         cell if probe is None else probe,
-        cell.start,
+        start,
         solver,
         samples,
         tolerance_dtype=tolerance_dtype,
-        stop_on_divergence=on_failure != "ignore",
+        stop_on_divergence=settings.on_failure != "ignore",
         on_step=None
         if on_step is None
         else lambda step, z, residual: on_step(step, cell.structure.unflatten(z), residual),
-        agree=_agreement(settings.process_group),
+        agree=agree,
+        recorded=recorded,
+        stop_early=not gradient.records_solve,
     )
     if solver.max_steps > 0:
-        report(solved, "the fixed point", on_failure)
+        report(solved, "the fixed point", settings.on_failure)
     if probe is not None:
         wants_grad = probe.found or solver.max_steps == 0
     if torch.is_autocast_enabled(samples.device.type):
         # Casts of parameters that autocast cached without grad would cut the recorded evaluation off from them.
         torch.clear_autocast_cache()
     problem = Problem(
-        evaluate=cell, solved=solved, samples=samples, solver=solver, tolerance_dtype=tolerance_dtype, report=report
+        evaluate=cell,
+        solved=solved,
+        samples=samples,
+        solver=solver,
+        tolerance_dtype=tolerance_dtype,
+        report=report,
+        adjoint=AdjointSolve(),
+        agree=agree,
+        compiled=cell.compiled,
     )
     if wants_grad:
-        leaves = settings.gradient.connect(problem)
-        if solver.max_steps == 0 and not isinstance(settings.gradient, UnrolledPhantom):
+        leaves = gradient.connect(problem)
+        if solver.max_steps == 0 and not isinstance(gradient, UnrolledPhantom):
             leaves = _with_values(solved.image, leaves)
     else:
-        leaves = settings.gradient.refine(problem)
+        leaves = solved.image if recorded else gradient.without_grad(problem)
         if cell.returned is not None and not solved.last:
             with torch.no_grad():
                 cell(solved.point)
     cell.finish()
-    return leaves, _solution(cell, leaves, solved)
+    return leaves, _solution(cell, leaves, problem)
 
 
-def _solution(cell: Cell, leaves: Leaves, solved: Solved) -> Solution:
+def _solution(cell: Cell, leaves: Leaves, problem: Problem) -> Solution:
+    solved = problem.solved
     trace = solved.trace
     if trace is not None and trace.states is not None:
         trace = Trace(trace.steps, trace.residuals, [cell.structure.unflatten(state) for state in trace.states])
@@ -189,6 +215,7 @@ def _solution(cell: Cell, leaves: Leaves, solved: Solved) -> Solution:
         steps=solved.steps,
         residual=solved.residual,
         trace=trace,
+        adjoint=problem.adjoint,
     )
 
 

@@ -45,6 +45,20 @@ class Trace(Sequence[Any]):
         return self._items()[index]
 
 
+@dataclass
+class AdjointSolve:
+    """What the latest backward pass through a solution took; filled in by gradients that decide while they run."""
+
+    steps: int | None = None
+    """How many vector-Jacobian products it made, the last one to parameters and inputs included; None before."""
+    residual: Tensor | None = None
+    """The relative residual of the adjoint equation, or the estimated relative error of `AdaptivePhantom`, shape (samples,)."""
+
+    def record(self, steps: int, residual: Tensor) -> None:
+        """Called by a gradient in backward."""
+        self.steps, self.residual = steps, residual.detach()
+
+
 @dataclass(frozen=True)
 class Solution:
     """A fixed point and how it was reached, per sample along `batch_dim`."""
@@ -59,6 +73,8 @@ class Solution:
     """The relative residual `||f(z) - z|| / ||f(z)||` at `z_best`, shape (samples,); NaN where nothing was evaluated."""
     trace: Trace | None = None
     """What every check saw, if the solver was built with `trace`."""
+    adjoint: AdjointSolve = field(default_factory=AdjointSolve, compare=False)
+    """How the backward pass went, for `Implicit` and `AdaptivePhantom`."""
 
     def __repr__(self) -> str:
         total = self.converged.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ class Solved:
     any_diverged: bool
     last: bool
     """Whether `point` is where the map was evaluated last, for every sample."""
+    memory: Any
+    """What the solver remembers of its steps."""
     trace: Trace | None
 
 
-@torch.no_grad()
 def solve(
     evaluate: Map,
     start: Leaves,
@@ -47,12 +49,41 @@ def solve(
     stop_on_divergence: bool,
     on_step: OnStep | None = None,
     agree: Agree | None = None,
+    recorded: bool = False,
+    stop_early: bool = True,
 ) -> Solved:
     """Iterate `evaluate` from `start` until every sample has converged or diverged, or the steps run out.
 
     A converged sample is frozen at its iterate. A diverged one (its residual is not finite) ends the solve at once if
-    `stop_on_divergence`; otherwise it is frozen at its best finite iterate.
+    `stop_on_divergence`; otherwise it is frozen at its best finite iterate. With `recorded` the graph of all steps is kept;
+    without `stop_early` no sample stops before the last of them.
     """
+    with torch.set_grad_enabled(recorded):
+        return _iterate(
+            evaluate,
+            start,
+            solver,
+            samples,
+            tolerance_dtype=tolerance_dtype,
+            stop_on_divergence=stop_on_divergence,
+            on_step=on_step,
+            agree=agree,
+            stop_early=stop_early,
+        )
+
+
+def _iterate(
+    evaluate: Map,
+    start: Leaves,
+    solver: Solver,
+    samples: Samples,
+    *,
+    tolerance_dtype: torch.dtype,
+    stop_on_divergence: bool,
+    on_step: OnStep | None,
+    agree: Agree | None,
+    stop_early: bool,
+) -> Solved:
     rtol, atol = solver.tolerances(tolerance_dtype)
     device = samples.device
     best_residual = torch.full((samples.count,), torch.inf, dtype=samples.dtype.to_real(), device=device)
@@ -72,16 +103,17 @@ def solve(
             z = solver.advance(z, fz, memory, samples)
             continue
 
-        gap = samples.norm(tuple(map(torch.sub, fz, z)))
-        scale = samples.norm(fz)
+        with torch.no_grad():
+            gap = samples.norm(tuple(map(torch.sub, fz, z)))
+            scale = samples.norm(fz)
         residual = gap / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        stopped = converged | diverged
+        stopped = converged | diverged if stop_early else diverged
         diverged = diverged | ~torch.isfinite(gap + scale)
-        converged = converged | ((gap <= atol + rtol * scale) & ~diverged)
+        converged = (converged & stopped) | ((gap <= atol + rtol * scale) & ~diverged)
         steps = torch.where(stopped, steps, step)
         improved = ~diverged if solver.keep == "last" else (residual <= best_residual) & ~diverged
         improved = improved & (~stopped | (residual == best_residual))
-        stopped = converged | diverged
+        stopped = converged | diverged if stop_early else diverged
         ours = torch.stack((converged.all(), ~diverged.any(), stopped.all()))
         flags = torch.cat((ours if agree is None else agree(ours), torch.stack((improved.all(), ~stopped.any()))))
         # The only transfer to the host: one per check.
@@ -116,5 +148,6 @@ def solve(
         diverged=diverged,
         any_diverged=any_diverged,
         last=best_point is z,
+        memory=memory,
         trace=trace,
     )

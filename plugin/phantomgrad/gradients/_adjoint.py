@@ -31,23 +31,29 @@ Transform = Callable[[VJP, Leaves], Leaves]
 
 def record(evaluate: Map, point: Leaves, transform: Transform) -> Leaves:
     """Evaluate the map at `point` and return its image with `transform` applied to cotangents."""
+    tape, outputs = record_tape(evaluate, point)
+    return cast(Leaves, _Adjoint.apply(tape.vjp, transform, *outputs))
+
+
+def record_tape(evaluate: Map, point: Leaves) -> tuple[Tape, Leaves]:
+    """Evaluate the map at `point`, behind a barrier: the recorded evaluation, and its image."""
     inputs = cast(Leaves, _Barrier.apply(*(leaf.detach().requires_grad_() for leaf in point)))
     outputs = evaluate(inputs)
-    tape = _Tape(inputs, outputs, transform)
-    return cast(Leaves, _Adjoint.apply(tape, *outputs))
+    return Tape(inputs, outputs), outputs
 
 
-class _Tape:
+class Tape:
     """The edges of one recorded evaluation."""
 
-    def __init__(self, inputs: Leaves, outputs: Leaves, transform: Transform) -> None:
+    def __init__(self, inputs: Leaves, outputs: Leaves) -> None:
         self._inputs = tuple(get_gradient_edge(leaf) for leaf in inputs)
         self._outputs: tuple[GradientEdge | None, ...] = tuple(
             get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs
         )
-        self._transform = transform
+        self.device_type = inputs[0].device.type
 
     def vjp(self, cotangent: Leaves) -> Leaves:
+        """`J^T cotangent`, by the recorded evaluation."""
         connected = [(edge, g) for edge, g in zip(self._outputs, cotangent, strict=True) if edge is not None]
         if not connected:
             return tuple(map(torch.zeros_like, cotangent))
@@ -63,9 +69,6 @@ class _Tape:
             torch.zeros_like(g) if product is None else product for product, g in zip(products, cotangent, strict=True)
         )
 
-    def transform(self, cotangent: Leaves) -> Leaves:
-        return self._transform(self.vjp, cotangent)
-
 
 class _Barrier(torch.autograd.Function):
     """Identity whose output requires grad and whose backward sends nothing on."""
@@ -80,14 +83,14 @@ class _Barrier(torch.autograd.Function):
 
 
 class _Adjoint(torch.autograd.Function):
-    """Identity whose backward applies the tape's transform; see Note [Recorded evaluation]."""
+    """Identity whose backward applies the transform; see Note [Recorded evaluation]."""
 
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, *outputs: Tensor) -> Leaves:
-        ctx.tape = tape
+    def forward(ctx: Any, vjp: VJP, transform: Transform, *outputs: Tensor) -> Leaves:
+        ctx.vjp, ctx.transform = vjp, transform
         # Copies, since autograd forbids changing a Function's views in place and callers may do that.
         return tuple(leaf.clone() for leaf in outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.tape.transform(cotangent))
+        return (None, None, *ctx.transform(ctx.vjp, cotangent))

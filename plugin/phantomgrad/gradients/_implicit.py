@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
-from phantomgrad._errors import PhantomGradError
 from phantomgrad._options import check_number
 from phantomgrad._solve import solve
 from phantomgrad._state import Leaves
-from phantomgrad.gradients._adjoint import VJP, record
+from phantomgrad.gradients._adjoint import VJP
 from phantomgrad.gradients._base import Gradient, Problem
+from phantomgrad.gradients._differentiable_adjoint import record_exact
 from phantomgrad.solvers import Solver
 
 
@@ -22,6 +21,8 @@ class Implicit(Gradient):
 
     By the implicit function theorem `dL/dz = dF/dz (I - J)^-1 g` (Bai et al., "Deep Equilibrium Models", 2019). As
     exact as its tolerance and the forward solution's; costs a second solve, each step of which is one vector-Jacobian product.
+    Differentiable to any order: `create_graph=True` evaluates the map again and solves its adjoint equation as another
+    fixed-point problem (Note [Higher derivatives]).
     """
 
     solver: Solver | None = None
@@ -36,24 +37,26 @@ class Implicit(Gradient):
             check_number(self, "rtol", minimum=0.0)
 
     def connect(self, problem: Problem) -> Leaves:
-        return record(problem.evaluate, problem.solved.point, partial(self._solve_adjoint, problem))
-
-    def _solve_adjoint(self, problem: Problem, vjp: VJP, cotangent: Leaves) -> Leaves:
-        if torch.is_grad_enabled():
-            raise PhantomGradError(
-                "Implicit gives first derivatives only: call backward or torch.autograd.grad with create_graph=False, "
-                "or use UnrolledPhantom, which can be differentiated twice with the solution held constant."
-            )
         solver = replace(self.solver or problem.solver, trace=None)
+        if solver.max_steps == 0:  # the start was taken as the solution; its adjoint still has to be solved for
+            solver = replace(solver, max_steps=Solver.max_steps)
         if self.rtol is not None:
             solver = replace(solver, rtol=self.rtol, atol=None)
-        solved = solve(
-            lambda v: tuple(map(torch.add, vjp(v), cotangent)),
-            cotangent,
-            solver,
-            problem.samples,
-            tolerance_dtype=problem.tolerance_dtype,
-            stop_on_divergence=True,
-        )
-        problem.report(solved, "the adjoint equation of Implicit")
-        return solved.image
+        samples, dtype = problem.samples, problem.tolerance_dtype
+        statistics, report, agree = problem.adjoint, problem.report, problem.agree
+
+        def solve_adjoint(vjp: VJP, cotangent: Leaves) -> tuple[Leaves, Leaves]:
+            solved = solve(
+                lambda v: tuple(map(torch.add, vjp(v), cotangent)),
+                cotangent,
+                solver,
+                samples,
+                tolerance_dtype=dtype,
+                stop_on_divergence=True,
+                agree=agree,
+            )
+            statistics.record(int(solved.steps.max()) + 1, solved.residual)
+            report(solved, "the adjoint equation of Implicit")
+            return solved.point, solved.image
+
+        return record_exact(problem.evaluate, problem.solved.point, solve_adjoint, twice=not problem.compiled)

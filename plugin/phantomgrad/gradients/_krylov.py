@@ -41,18 +41,58 @@ def minimal_residual(vjp: VJP, cotangent: Leaves, *, steps: int, samples: Sample
     """The vector of the Krylov space of `steps - 1` products with the smallest adjoint residual, per sample."""
     if steps == 1:
         return cotangent
-    target = samples.to_matrix(cotangent)
-    directions: list[Tensor] = []
-    images: list[Tensor] = []
-    direction = target
-    for _ in range(min(steps - 1, target.shape[1])):
-        direction = _orthonormal(direction, directions)
-        product = samples.to_matrix(vjp(samples.from_matrix(direction)))
-        directions.append(direction)
-        images.append(direction - product)
-        direction = product
-    basis, image = torch.stack(directions, dim=2), torch.stack(images, dim=2)
-    return samples.from_matrix((basis @ _least_squares(image, target.unsqueeze(2))).squeeze(2))
+    space = KrylovSpace(vjp, cotangent, samples)
+    for _ in range(min(steps - 1, space.dimension)):
+        space.extend()
+    return samples.from_matrix(space.solve().solution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares:
+    """The best vector of a Krylov space, per sample."""
+
+    solution: Tensor
+    """Shape (samples, entries)."""
+    residual: Tensor
+    """`||g - (I - J^T) v||`, shape (samples,)."""
+    smallest_stretch: Tensor
+    """The least factor by which `I - J^T` stretches a vector of the space, shape (samples,)."""
+
+
+class KrylovSpace:
+    """The span of `g, J^T g, (J^T)^2 g, ...`, per sample, and its image under `I - J^T`."""
+
+    def __init__(self, vjp: VJP, cotangent: Leaves, samples: Samples) -> None:
+        self._vjp = vjp
+        self._samples = samples
+        self._target = samples.to_matrix(cotangent)
+        self._next = self._target
+        self._directions: list[Tensor] = []
+        self._images: list[Tensor] = []
+
+    @property
+    def dimension(self) -> int:
+        """The dimension of a sample's state, which no Krylov space exceeds."""
+        return self._target.shape[1]
+
+    def extend(self) -> None:
+        """Add one dimension, by one vector-Jacobian product."""
+        direction = _orthonormal(self._next, self._directions)
+        product = self._samples.to_matrix(self._vjp(self._samples.from_matrix(direction)))
+        self._directions.append(direction)
+        self._images.append(direction - product)
+        self._next = product
+
+    def solve(self) -> LeastSquares:
+        """The vector `v` of the space with the smallest adjoint residual."""
+        basis, image = torch.stack(self._directions, dim=2), torch.stack(self._images, dim=2)
+        target = self._target.unsqueeze(2)
+        weights, stretch = _least_squares(image, target)
+        return LeastSquares(
+            solution=(basis @ weights).squeeze(2),
+            residual=torch.linalg.vector_norm(target - image @ weights, dim=(1, 2)),
+            smallest_stretch=stretch,
+        )
 
 
 def _orthonormal(vector: Tensor, directions: list[Tensor]) -> Tensor:
@@ -66,11 +106,14 @@ def _orthonormal(vector: Tensor, directions: list[Tensor]) -> Tensor:
     return torch.where(length > 100 * torch.finfo(length.dtype).eps * before, vector / length, 0.0)
 
 
-def _least_squares(matrix: Tensor, target: Tensor) -> Tensor:
-    """The minimiser of `||target - matrix x||`, per sample, with directions that carry nothing left out."""
+def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimiser of `||target - matrix x||`, per sample, and the least singular value of `matrix`.
+
+    Directions that carry nothing are left out of both.
+    """
     q, r = torch.linalg.qr(matrix)
     diagonal = r.diagonal(dim1=1, dim2=2).abs()
     negligible = diagonal <= torch.finfo(diagonal.dtype).eps * diagonal.amax(dim=1, keepdim=True)
     r = r + torch.diag_embed(negligible.to(r.dtype))
     solved = torch.linalg.solve_triangular(r, q.mT.conj() @ target, upper=True)
-    return torch.where(negligible.unsqueeze(2), 0.0, solved)
+    return torch.where(negligible.unsqueeze(2), 0.0, solved), torch.linalg.svdvals(r.detach()).amin(dim=1)

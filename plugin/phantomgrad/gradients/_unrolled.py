@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.utils.checkpoint import checkpoint
 
 from phantomgrad._options import check_boolean, check_integer, check_number
+from phantomgrad._solve import Map
 from phantomgrad._state import Leaves, damped, detach
 from phantomgrad.gradients._base import Gradient, Problem
 
@@ -39,20 +40,20 @@ class UnrolledPhantom(Gradient):
     def connect(self, problem: Problem) -> Leaves:
         h = detach(problem.solved.image)
         for _ in range(self.steps):
-            h = self._checkpointed_step(problem, h) if self.recompute else self._step(problem, *h)
+            h = self._checkpointed_step(problem.evaluate, h) if self.recompute else self._step(problem.evaluate, *h)
         return h
 
-    def refine(self, problem: Problem) -> Leaves:
+    def without_grad(self, problem: Problem) -> Leaves:
         h = problem.solved.image
         if self.refine_in_eval:
             for _ in range(self.steps):
-                h = self._step(problem, *h)
+                h = self._step(problem.evaluate, *h)
         return h
 
-    def _step(self, problem: Problem, *h: object) -> Leaves:
+    def _step(self, evaluate: Map, *h: object) -> Leaves:
         leaves: Leaves = h  # pyright: ignore[reportAssignmentType]  (variadic for `checkpoint`)
-        return damped(leaves, problem.evaluate(leaves), self.damping)
+        return damped(leaves, evaluate(leaves), self.damping)
 
-    def _checkpointed_step(self, problem: Problem, h: Leaves) -> Leaves:
-        result: Leaves = checkpoint(self._step, problem, *h, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+    def _checkpointed_step(self, evaluate: Map, h: Leaves) -> Leaves:
+        result: Leaves = checkpoint(self._step, evaluate, *h, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         return result
