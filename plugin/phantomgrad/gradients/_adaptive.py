@@ -57,11 +57,11 @@ class AdaptivePhantom(Gradient):
             error = _estimated_error(found)
             if taken == most or bool((error <= self.target).all()):
                 statistics.record(taken + 1, error)
-                return samples.from_matrix(found.solution)
+                return samples.from_matrix(found.improved)
 
 
 def _estimated_error(found: LeastSquares) -> Tensor:
     """The estimated relative error of the adjoint, per sample; 0 where the cotangent is."""
-    size = torch.linalg.vector_norm(found.solution, dim=1)
+    size = torch.linalg.vector_norm(found.improved, dim=1)
     error = found.residual / (found.smallest_stretch * size).clamp_min(torch.finfo(size.dtype).tiny)
     return torch.where(found.residual == 0, 0.0, error).detach()

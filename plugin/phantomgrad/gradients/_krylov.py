@@ -21,8 +21,9 @@ class KrylovPhantom(Gradient):
 
     Of all combinations of `g, J g, ..., J^(k-2) g` it takes the one with the smallest adjoint residual
     `||g - (I - J) v||`, per sample: GMRES (Saad and Schultz, 1986) with `steps - 1` products, the last being the recorded
-    evaluation's. It needs no damping and does not diverge where a Neumann series does, at the price of `2 * steps` stored
-    cotangents during backward.
+    evaluation's. Adding what is left of the residual costs nothing and is one more fixed-point step, `g + J v`, so that as many
+    powers of `J` take part as in a series of `steps` terms. It needs no damping and does not diverge where a Neumann series
+    does, at the price of `2 * steps` stored cotangents during backward.
     """
 
     steps: int = 5
@@ -38,21 +39,21 @@ class KrylovPhantom(Gradient):
 
 
 def minimal_residual(vjp: VJP, cotangent: Leaves, *, steps: int, samples: Samples) -> Leaves:
-    """The vector of the Krylov space of `steps - 1` products with the smallest adjoint residual, per sample."""
+    """One fixed-point step from the best vector of the Krylov space of `steps - 1` products, per sample."""
     if steps == 1:
         return cotangent
     space = KrylovSpace(vjp, cotangent, samples)
     for _ in range(min(steps - 1, space.dimension)):
         space.extend()
-    return samples.from_matrix(space.solve().solution)
+    return samples.from_matrix(space.solve().improved)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeastSquares:
-    """The best vector of a Krylov space, per sample."""
+    """The vector `v` of a Krylov space with the smallest adjoint residual, per sample."""
 
-    solution: Tensor
-    """Shape (samples, entries)."""
+    improved: Tensor
+    """`g + J^T v`, the fixed-point step from it, shape (samples, entries)."""
     residual: Tensor
     """`||g - (I - J^T) v||`, shape (samples,)."""
     smallest_stretch: Tensor
@@ -84,13 +85,14 @@ class KrylovSpace:
         self._next = product
 
     def solve(self) -> LeastSquares:
-        """The vector `v` of the space with the smallest adjoint residual."""
+        """The vector of the space with the smallest adjoint residual, and the step that its products have paid for."""
         basis, image = torch.stack(self._directions, dim=2), torch.stack(self._images, dim=2)
         target = self._target.unsqueeze(2)
         weights, stretch = _least_squares(image, target)
+        remainder = target - image @ weights
         return LeastSquares(
-            solution=(basis @ weights).squeeze(2),
-            residual=torch.linalg.vector_norm(target - image @ weights, dim=(1, 2)),
+            improved=(basis @ weights + remainder).squeeze(2),
+            residual=torch.linalg.vector_norm(remainder, dim=(1, 2)),
             smallest_stretch=stretch,
         )
 
