@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from phantomgrad._cell import Cell
 from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning
 from phantomgrad._once_per_solve import OncePerSolve
+from phantomgrad._progress import Agree
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve, Solution, Trace
-from phantomgrad._solve import Agree, Solved, solve
+from phantomgrad._solve import Solved, solve
 from phantomgrad._state import Leaves, State, detach
 from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.gradients._base import Problem

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantomgrad._progress import Agree, Progress
 from phantomgrad._samples import Samples
 from phantomgrad._solution import Trace
 from phantomgrad._state import Leaves
@@ -16,8 +17,6 @@ from phantomgrad.solvers import Solver
 
 Map = Callable[[Leaves], Leaves]
 OnStep = Callable[[int, Leaves, Tensor], None]
-Agree = Callable[[Tensor], Tensor]
-"""Combines host decisions over processes: a bool tensor becomes the logical and of everybody's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +84,11 @@ def _iterate(
     stop_early: bool,
 ) -> Solved:
     rtol, atol = solver.tolerances(tolerance_dtype)
-    device = samples.device
-    best_residual = torch.full((samples.count,), torch.inf, dtype=samples.dtype.to_real(), device=device)
-    converged = torch.zeros(samples.count, dtype=torch.bool, device=device)
-    diverged = torch.zeros_like(converged)
-    steps = torch.zeros(samples.count, dtype=torch.int64, device=device)
+    like = torch.empty(samples.count, dtype=samples.dtype.to_real(), device=samples.device)
+    progress = Progress(like, rtol=rtol, atol=atol, keep=solver.keep, stop_early=stop_early, agree=agree)
     trace = Trace(states=[] if solver.trace == "state" else None) if solver.trace else None
 
     best_point = best_image = z = start
-    all_converged = any_diverged = False
     memory = solver.start(start, samples) if solver.max_steps > 0 else None
     watched = rtol > 0 or atol > 0 or solver.keep == "best" or trace is not None or on_step is not None
     check_every = solver.check_every if watched else solver.max_steps
@@ -102,51 +97,35 @@ def _iterate(
         if step % check_every != 0 and step != solver.max_steps:
             z = solver.advance(z, fz, memory, samples)
             continue
-
         with torch.no_grad():
-            gap = samples.norm(tuple(map(torch.sub, fz, z)))
-            scale = samples.norm(fz)
-        residual = gap / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        stopped = converged | diverged if stop_early else diverged
-        diverged = diverged | ~torch.isfinite(gap + scale)
-        converged = (converged & stopped) | ((gap <= atol + rtol * scale) & ~diverged)
-        steps = torch.where(stopped, steps, step)
-        improved = ~diverged if solver.keep == "last" else (residual <= best_residual) & ~diverged
-        improved = improved & (~stopped | (residual == best_residual))
-        stopped = converged | diverged if stop_early else diverged
-        ours = torch.stack((converged.all(), ~diverged.any(), stopped.all()))
-        flags = torch.cat((ours if agree is None else agree(ours), torch.stack((improved.all(), ~stopped.any()))))
-        # The only transfer to the host: one per check.
-        all_converged, none_diverged, all_stopped, all_improved, none_stopped = flags.tolist()
-        any_diverged = not none_diverged
-
-        if all_improved:
-            best_point, best_image, best_residual = z, fz, residual
+            check = progress.check(step, samples.norm(tuple(map(torch.sub, fz, z))), samples.norm(fz))
+        if check.improved is None:
+            best_point, best_image = z, fz
         else:
-            best_point = samples.where(improved, z, best_point)
-            best_image = samples.where(improved, fz, best_image)
-            best_residual = torch.where(improved, residual, best_residual)
+            best_point = samples.where(check.improved, z, best_point)
+            best_image = samples.where(check.improved, fz, best_image)
         if trace is not None:
             trace.steps.append(step)
-            trace.residuals.append(residual)
+            trace.residuals.append(check.residual)
             if trace.states is not None:
                 trace.states.append(fz)
         if on_step is not None:
-            on_step(step, fz, residual)
-        if all_stopped or (any_diverged and stop_on_divergence) or step == solver.max_steps:
+            on_step(step, fz, check.residual)
+        if progress.all_stopped or (progress.any_diverged and stop_on_divergence) or step == solver.max_steps:
             break
         advanced = solver.advance(z, fz, memory, samples)
-        z = advanced if none_stopped else samples.where(stopped, best_point, advanced)
+        z = advanced if check.stopped is None else samples.where(check.stopped, best_point, advanced)
 
+    outcome = progress.outcome
     return Solved(
         point=best_point,
         image=best_image,
-        converged=converged,
-        steps=steps,
-        residual=best_residual if solver.max_steps > 0 else torch.full_like(best_residual, torch.nan),
-        all_converged=all_converged,
-        diverged=diverged,
-        any_diverged=any_diverged,
+        converged=outcome.converged,
+        steps=outcome.steps,
+        residual=progress.best if solver.max_steps > 0 else torch.full_like(progress.best, torch.nan),
+        all_converged=progress.all_converged,
+        diverged=outcome.diverged,
+        any_diverged=progress.any_diverged,
         last=best_point is z,
         memory=memory,
         trace=trace,

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import torch
 
+from phantomgrad._progress import Agree
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve
-from phantomgrad._solve import Agree, Map, Solved
+from phantomgrad._solve import Map, Solved
 from phantomgrad._state import Leaves
 from phantomgrad.solvers import Solver
 

@@ -1,0 +1,108 @@
+"""What has become of each sample during a solve: still running, converged or diverged, and its best residual.
+
+Everything is kept on the device; one transfer to the host a check says which of the rare cases to look at. While every
+sample is still running, that is two comparisons and one reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Agree = Callable[[Tensor], Tensor]
+"""Combines host decisions over processes: a bool tensor becomes the logical and of everybody's."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    residual: Tensor
+    """The relative residual of every sample."""
+    improved: Tensor | None
+    """The samples whose iterate is the best so far; None where all are."""
+    stopped: Tensor | None
+    """The samples that go no further; None where there are none."""
+
+
+class Progress:
+    """The samples of one solve.
+
+    A sample has converged when `gap <= atol + rtol * scale`, and diverged when `gap` is not finite.
+    """
+
+    def __init__(
+        self,
+        like: Tensor,
+        *,
+        rtol: float,
+        atol: float,
+        keep: Literal["best", "last"],
+        stop_early: bool,
+        agree: Agree | None,
+    ) -> None:
+        self.best = torch.full_like(like, torch.inf)
+        """The relative residual of each sample's best iterate."""
+        self.all_converged = self.any_diverged = self.all_stopped = False
+        self._rtol, self._atol = rtol, torch.full_like(like, atol)
+        self._tiny = torch.finfo(like.dtype).tiny
+        self._keep, self._stop_early, self._agree = keep, stop_early, agree
+        self._steps = 0
+        # Made when a sample first stops; until then all are running.
+        self._outcome: _Outcome | None = None
+
+    @property
+    def outcome(self) -> _Outcome:
+        """Per sample: whether it has converged or diverged, and after how many steps."""
+        if self._outcome is not None:
+            return self._outcome
+        none = torch.zeros_like(self.best, dtype=torch.bool)
+        return _Outcome(none, none, torch.full_like(self.best, self._steps, dtype=torch.int64))
+
+    def check(self, step: int, gap: Tensor, scale: Tensor) -> Check:
+        """Take in `||f(z) - z||` and `||f(z)||` of every sample at a step."""
+        residual = gap / scale.clamp_min(self._tiny)
+        unmet = gap > torch.add(self._atol, scale, alpha=self._rtol)
+        finite = torch.isfinite(gap)
+        improved = finite if self._keep == "last" else residual <= self.best
+        if self._outcome is None:
+            all_unmet, all_finite, all_improved = self._ask(unmet, finite, improved)
+            if all_unmet and all_finite:
+                self._steps = step
+                return self._found(residual, None if all_improved else improved, None)
+        before = self.outcome
+        stopped = before.stopped(self._stop_early)
+        diverged = before.diverged | ~finite
+        converged = (before.converged & stopped) | ~(unmet | diverged)
+        self._steps = step
+        self._outcome = after = _Outcome(converged, diverged, torch.where(stopped, before.steps, step))
+        # A sample that has stopped is evaluated again at its best iterate, which is as good as it was.
+        improved = improved & finite & (~stopped | (residual == self.best))
+        stopped = after.stopped(self._stop_early)
+        flags = self._ask(converged, ~diverged, stopped, improved, ~stopped)
+        self.all_converged, none_diverged, self.all_stopped, all_improved, all_running = flags
+        self.any_diverged = not none_diverged
+        return self._found(residual, None if all_improved else improved, None if all_running else stopped)
+
+    def _ask(self, *conditions: Tensor) -> list[bool]:
+        """Whether each condition holds for all samples, of all processes: the only transfer to the host."""
+        flags = torch.stack(conditions).all(dim=1)
+        return (flags if self._agree is None else self._agree(flags)).tolist()
+
+    def _found(self, residual: Tensor, improved: Tensor | None, stopped: Tensor | None) -> Check:
+        self.best = residual if improved is None else torch.where(improved, residual, self.best)
+        return Check(residual, improved, stopped)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    converged: Tensor
+    diverged: Tensor
+    steps: Tensor
+
+    def stopped(self, early: bool) -> Tensor:
+        return self.converged | self.diverged if early else self.diverged
