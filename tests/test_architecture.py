@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +56,12 @@ def test_no_python_file_is_longer_than_it_should_be() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             lines = len(path.read_text(encoding="utf-8").splitlines())
             assert lines <= 420, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_importing_the_plugin_takes_little_beside_importing_torch() -> None:
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import phantomgrad; "
+        "print((time.perf_counter() - b) / (b - a))"
+    )
+    ratios = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(ratios) < 0.1
