@@ -19,6 +19,7 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.gradients
+	$(BIN)/python -m benchmarks.overhead
 
 # The oldest supported torch, in an environment of its own.
 test-oldest: .venv-oldest/dev.stamp

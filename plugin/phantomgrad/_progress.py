@@ -80,8 +80,9 @@ class Progress:
         converged = (before.converged & stopped) | ~(unmet | diverged)
         self._steps = step
         self._outcome = after = _Outcome(converged, diverged, torch.where(stopped, before.steps, step))
-        # A sample that has stopped is evaluated again at its best iterate, which is as good as it was.
-        improved = improved & finite & (~stopped | (residual == self.best))
+        # A sample that has stopped is evaluated again at its best iterate, which is as good as it was. One that has just
+        # converged is taken here: an absolute tolerance may let it with a larger relative residual than an earlier one.
+        improved = finite & ((improved & (~stopped | (residual == self.best))) | (converged & ~stopped))
         stopped = after.stopped(self._stop_early)
         flags = self._ask(converged, ~diverged, stopped, improved, ~stopped)
         self.all_converged, none_diverged, self.all_stopped, all_improved, all_running = flags

@@ -132,6 +132,16 @@ def test_the_best_iterate_is_returned_and_never_a_later_worse_one() -> None:
     assert last.residual.item() == pytest.approx(best.trace.residual[-1].item())
 
 
+def test_a_sample_that_converges_is_taken_where_it_did_though_an_earlier_relative_residual_was_smaller() -> None:
+    # Shrinking makes the absolute residual small, not the relative one; only the former is asked for.
+    start = torch.ones(1, 1, dtype=torch.float64)
+    solution = fixed_point(lambda z: 0.5 * z + 0.4 * z**3, start, solver=FixedPointIteration(rtol=0.0, atol=1e-3))
+    assert solution.converged.all()
+    assert solution.value.abs().item() < 1e-3
+    gap = solution.residual * solution.value.norm()
+    assert gap.item() <= 1e-3
+
+
 def test_zero_steps_take_the_start_as_the_solution() -> None:
     start = torch.tensor([[3.0]], dtype=torch.float64)
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
