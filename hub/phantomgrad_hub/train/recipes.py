@@ -28,7 +28,7 @@ def tiny_imagenet() -> TrainConfig:
             conv_init_std=None,
             gradient=NeumannPhantom(steps=3, damping=0.7),
             solver=FixedPointIteration(damping=0.7, max_steps=8),
-            eval_solver=Anderson(max_steps=48, rtol=1e-2),
+            eval_solver=Anderson(max_steps=32, rtol=1e-3),
         ),
         augmentation=AugmentationConfig(crop="pad", padding=0.125, flip=True),
         optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98)),
