@@ -99,6 +99,11 @@ def _owner_of(dictionary: object) -> nn.Module | None:
     )
 
 
-def located(module: Callable[[], nn.Module]) -> Callable[[], str]:
-    """A text such as ` in Classifier.cell (Cell)`, made when it is needed."""
-    return lambda: f" in {module_path(module())}"
+def located(module: Callable[[], nn.Module | None]) -> Callable[[], str]:
+    """A text such as ` in Classifier.cell (Cell)`, made when it is needed; empty once the module is gone."""
+
+    def text() -> str:
+        found = module()
+        return "" if found is None else f" in {module_path(found)}"
+
+    return text

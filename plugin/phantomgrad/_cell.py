@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from phantomgrad._errors import StateMismatchError
+from phantomgrad._errors import PhantomGradError, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._randomness import Replay
 from phantomgrad._state import Leaves, State, Structure, describe
+from phantomgrad._transforms import is_vmapped
 
 
 class Cell:
@@ -88,6 +89,11 @@ class Cell:
         leaves = self.structure.flatten(image)
         if leaves is None or tuple((leaf.shape, leaf.device) for leaf in leaves) != self._signature:
             raise self._mismatch(state, image)
+        if any(map(is_vmapped, leaves)):
+            raise PhantomGradError(
+                f"torch.func.vmap cannot map over a solve{self._where()}: where it stops depends on the values. Add a batch "
+                "dimension to the state instead: each sample along batch_dim is solved and stopped by itself."
+            )
         if tuple(leaf.dtype for leaf in leaves) == self._dtypes:
             return leaves
         if not torch.is_autocast_enabled(leaves[0].device.type):

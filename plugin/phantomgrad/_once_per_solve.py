@@ -15,10 +15,11 @@ from phantomgrad._parametrizations import SharedParametrizations
 class OncePerSolve:
     """The parametrized weights and running statistics of one call; as a context it covers one evaluation.
 
+    With `ahead` the weights are computed now rather than at their first use, which a compiled evaluation could not share.
     See Note [Parametrizations] and Note [Batch statistics].
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, ahead: bool = False) -> None:
         parametrizations: list[ParametrizationList] = []
         norms: list[NormBase] = []
         for each in module.modules():
@@ -29,6 +30,8 @@ class OncePerSolve:
         self._shared = SharedParametrizations(parametrizations) if parametrizations else None
         self._statistics = BatchStatistics(norms) if norms else None
         self.needed = bool(parametrizations or norms)
+        if ahead and self._shared is not None:
+            self._shared.compute()
 
     @contextmanager
     def __call__(self) -> Generator[None, None, None]:

@@ -52,10 +52,17 @@ class SharedParametrizations:
     """The parametrized weights of one call of an attached module; as a context they are shared by one more evaluation."""
 
     def __init__(self, parametrizations: list[ParametrizationList]) -> None:
+        self._parametrizations = parametrizations
         self._cache: dict[int, Tensor | None] = {id(each): None for each in parametrizations}
         for each in parametrizations:
             if "forward" not in each.__dict__:
                 each.__dict__["forward"] = _Shared(each)
+
+    def compute(self) -> None:
+        """Compute all weights now."""
+        with self():
+            for each in self._parametrizations:
+                each()
 
     @contextmanager
     def __call__(self) -> Generator[None, None, None]:

@@ -350,7 +350,7 @@ class Attention(nn.Module):
         return self.layer(0.5 * z + x)
 
 
-def test_dropout_is_held_and_fused_attention_can_be_differentiated_twice() -> None:
+def test_dropout_is_held_through_all_solves_of_a_measurement() -> None:
     cell, x = Attention(), _normal(2, 3, 8)
     cell.train()
     start = torch.zeros_like(x)
@@ -360,6 +360,32 @@ def test_dropout_is_held_and_fused_attention_can_be_differentiated_twice() -> No
     assert exact.cosine == pytest.approx(1.0, abs=1e-9)  # the same masks in both solves
     assert torch.equal(torch.get_rng_state(), before)
     assert jacobian_penalty(cell, x, x).requires_grad
+
+
+class Fused(nn.Module):
+    """Attention by torch's fused kernel, whose backward cannot be differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        heads = (0.3 * self.mix(z) + x).unflatten(2, (2, 4)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def test_fused_attention_can_be_differentiated_twice() -> None:
+    cell, x = Fused(), torch.randn(2, 3, 8)
+    z = torch.zeros_like(x).requires_grad_()
+    (once,) = torch.autograd.grad(cell(z, x).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):  # else this test would show nothing
+        once.sum().backward()
+    start = torch.zeros_like(x)
+    assert phantom_error(cell, start, x).converged.all()
+    assert ascent_condition(cell, start[:1], x[:1]).inner_product > 0
+    jacobian_penalty(cell, start, x).backward()
+    assert cell.mix.weight.grad is not None
+    assert cell.mix.weight.grad.abs().max() > 0
 
 
 # -- phantom error ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from phantomgrad._arguments import StateArgument, original_forward
-from phantomgrad._attach import Attachment, attachment_of, describe_type
+from phantomgrad._attach import describe_type
+from phantomgrad._attachment import Attachment, attachment_of
 from phantomgrad._bound import module_path
 from phantomgrad._fixed_point import OnFailure, fixed_point
 from phantomgrad._solution import Solution

@@ -59,8 +59,8 @@ def leading_eigenvalue(
         settled = residual <= rtol * values[:, 0].abs()
         if settled.all() or last or basis.shape[1] == entries or not values[:, 0].isfinite().any():
             leading = values[:, 0]
-            leading = torch.complex(leading.real, leading.imag.abs()).to(start.dtype.to_complex())
-            return Leading(leading.to(start.device), residual.to(start.device), values, products)
+            leading = leading.to(start.device, start.dtype.to_complex())
+            return Leading(leading, residual.to(start.device), values, products)
         if full:
             rotation = _kept_directions(values, vectors).to(basis)
             basis, images = rotation.mT @ basis, rotation.mT @ images
@@ -85,6 +85,7 @@ def _ritz_pairs(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     small = (basis @ images.mT).double().cpu()
     finite = small.isfinite().all(dim=2).all(dim=1)
     values, vectors = torch.linalg.eig(torch.where(finite[:, None, None], small, 0.0))
+    # Stable: of a conjugate pair LAPACK lists the one above the real axis first.
     order = values.abs().argsort(dim=1, descending=True, stable=True)
     values = torch.where(finite[:, None], values.gather(1, order), torch.nan)
     return values, vectors.gather(2, order[:, None, :].expand_as(vectors))
