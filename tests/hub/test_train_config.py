@@ -65,7 +65,7 @@ def test_a_setting_replaces_one_field(setting: str, read: Any, expected: object)
 
 
 def test_settings_that_need_each_other_are_applied_together() -> None:
-    settings = ["model.channels=(8,16)", "model.blocks=1", "model.expansion=(2,2)", "model.groups=4"]
+    settings = ["model.channels=(8,16)", "model.blocks=1", "model.head_channels=(4,8)", "model.groups=4"]
     assert apply_settings(tiny_imagenet(), settings).model.channels == (8, 16)
     both = ["model.gradient=NeumannPhantom", "model.gradient.steps=7"]
     assert apply_settings(tiny_imagenet(), both).model.gradient == NeumannPhantom(steps=7)
@@ -171,6 +171,6 @@ def test_the_phase_is_that_of_the_progress() -> None:
 
 def test_differing_keys_are_dotted() -> None:
     old = to_json(tiny_imagenet())
-    new = to_json(apply_settings(tiny_imagenet(), ["optimizer.lr=0.5", "model.gradient=NeumannPhantom"]))
+    new = to_json(apply_settings(tiny_imagenet(), ["optimizer.lr=0.5", "model.gradient=UnrolledPhantom"]))
     assert differing_keys(old, old) == []
     assert {"optimizer.lr", "model.gradient.type"} <= set(differing_keys(old, new))
