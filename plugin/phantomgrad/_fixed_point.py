@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve, Solution, Trace
 from phantomgrad._solve import Solved, solve
 from phantomgrad._state import Leaves, State, detach
+from phantomgrad._transforms import in_forward_mode, outside_the_compiler, without_tangents
 from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.gradients._base import Problem
 from phantomgrad.solvers import FixedPointIteration, Solver
@@ -69,6 +71,7 @@ class Settings:
 _EXAMPLES = {"gradient": "UnrolledPhantom(steps=5)", "solver": "Anderson()"}
 
 
+@outside_the_compiler
 def fixed_point(
     fn: Callable[..., Any],
     z0: State,
@@ -129,7 +132,7 @@ class Report:
                 f"{solved.diverged.numel()} samples are not finite after {worst} steps. Damp the solver "
                 "(FixedPointIteration(damping=0.5)), use Anderson(), or normalise the block."
             )
-        if solved.all_converged:
+        if solved.all_converged or torch.compiler.is_exporting():
             return
         self.unconverged += 1
         if on_failure == "ignore":
@@ -157,23 +160,26 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     given = cell.take_given()
     start = given if recorded else cell.start
     wants_grad = torch.is_grad_enabled() and any(map(_requires_grad, chain((start,), visible)))
-    probe = _Probe(cell) if torch.is_grad_enabled() and not wants_grad and not recorded else None
+    wants_grad = (wants_grad or in_forward_mode()) and not torch.compiler.is_exporting()
+    probing = torch.is_grad_enabled() and not (wants_grad or recorded or torch.compiler.is_exporting())
+    probe = _Probe(cell) if probing else None
     on_step, agree = settings.on_step, _agreement(settings.process_group)
     tolerance_dtype = _tolerance_dtype(samples)
-    solved = solve(
-        cell if probe is None else probe,
-        start,
-        solver,
-        samples,
-        tolerance_dtype=tolerance_dtype,
-        stop_on_divergence=settings.on_failure != "ignore",
-        on_step=None
-        if on_step is None
-        else lambda step, z, residual: on_step(step, cell.structure.unflatten(z), residual),
-        agree=agree,
-        recorded=recorded,
-        stop_early=not gradient.records_solve,
-    )
+    with nullcontext() if recorded else without_tangents():
+        solved = solve(
+            cell if probe is None else probe,
+            start,
+            solver,
+            samples,
+            tolerance_dtype=tolerance_dtype,
+            stop_on_divergence=settings.on_failure != "ignore",
+            on_step=None
+            if on_step is None
+            else lambda step, z, residual: on_step(step, cell.structure.unflatten(z), residual),
+            agree=agree,
+            recorded=recorded,
+            stop_early=not gradient.records_solve,
+        )
     if solver.max_steps > 0:
         report(solved, "the fixed point", settings.on_failure)
     if probe is not None:

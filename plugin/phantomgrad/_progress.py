@@ -86,11 +86,13 @@ class Progress:
         stopped = after.stopped(self._stop_early)
         flags = self._ask(converged, ~diverged, stopped, improved, ~stopped)
         self.all_converged, none_diverged, self.all_stopped, all_improved, all_running = flags
-        self.any_diverged = not none_diverged
+        self.any_diverged = not none_diverged and not torch.compiler.is_exporting()
         return self._found(residual, None if all_improved else improved, None if all_running else stopped)
 
     def _ask(self, *conditions: Tensor) -> list[bool]:
         """Whether each condition holds for all samples, of all processes: the only transfer to the host."""
+        if torch.compiler.is_exporting():
+            return [False] * len(conditions)  # what is traced has no values: every sample by itself, to the last step
         flags = torch.stack(conditions).all(dim=1)
         return (flags if self._agree is None else self._agree(flags)).tolist()
 

@@ -35,13 +35,13 @@ class Samples:
         if all(leaf.dim() == 0 for leaf in leaves):
             batch_dim = None
         self._batch_dims = tuple(_batch_dim(leaf, batch_dim) for leaf in leaves)
-        sizes = {1 if dim is None else leaf.shape[dim] for leaf, dim in zip(leaves, self._batch_dims, strict=True)}
-        if len(sizes) > 1:
+        sizes = [1 if dim is None else leaf.shape[dim] for leaf, dim in zip(leaves, self._batch_dims, strict=True)]
+        if any(size != sizes[0] for size in sizes[1:]):
             raise StateMismatchError(
                 f"The tensors of the state have different sizes along batch_dim={batch_dim}: {describe(leaves)}. "
                 "Pass the dimension along which the map treats samples independently, or batch_dim=None if it couples them."
             )
-        self.count = sizes.pop()
+        self.count = sizes[0]
         self._reduced = tuple(
             None if dim is None else tuple(d for d in range(leaf.dim()) if d != dim)
             for leaf, dim in zip(leaves, self._batch_dims, strict=True)

@@ -55,12 +55,12 @@ def _model() -> Model:
     return Model(TwoLayers).double()
 
 
-def _bare_unit(model: Model, options: dict[str, Any]) -> nn.Module:
+def _ddp(model: Model, options: dict[str, Any]) -> nn.Module:
     attach(model.cell, **options)
     return DistributedDataParallel(model)
 
 
-def _static_graph(model: Model, options: dict[str, Any]) -> nn.Module:
+def _ddp_static_graph(model: Model, options: dict[str, Any]) -> nn.Module:
     attach(model.cell, **options)
     return DistributedDataParallel(model, static_graph=True)
 
@@ -93,8 +93,8 @@ def _inner_units_attached_last(model: Model, options: dict[str, Any]) -> nn.Modu
 
 
 WRAPPINGS = [
-    _bare_unit,
-    _static_graph,
+    _ddp,
+    _ddp_static_graph,
     _unit_attached_first,
     _unit_attached_last,
     _inner_units_attached_first,
@@ -191,10 +191,7 @@ def alone(tmp_path: Path) -> Any:
     "gradient",
     [
         Implicit(rtol=1e-10),
-        pytest.param(
-            AdaptivePhantom(),
-            marks=pytest.mark.xfail(strict=True, reason="each process decides by itself how many products to make"),
-        ),
+        AdaptivePhantom(),
     ],
     ids=repr,
 )

@@ -42,7 +42,6 @@ class Watched(Cell):
 
 @pytest.fixture(autouse=True)
 def _without_garbage_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -15,17 +15,11 @@ from torch.autograd import forward_ad
 from phantomgrad import Gradient, NeumannPhantom, OneStep, PhantomGradError, UnrolledPhantom, fixed_point
 
 # torch compiles its own formulas of forward mode with torch.jit.script, and warns about that itself.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 UNROLLING: list[Gradient] = [UnrolledPhantom(), OneStep()]
 """Gradients that are plain recorded operations."""
 
-refused_by_torch_only = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the recorded evaluation does not look for torch.func transforms"
-)
-ignores_tangents = pytest.mark.xfail(
-    strict=True, reason="where nothing requires grad, forward mode differentiates the solver's steps instead"
-)
 BACKWARD_ONLY = (
     r"^This gradient works in backward only: in torch\.func\.grad, .* take UnrolledPhantom\(\) or OneStep\(\)"
 )
@@ -87,7 +81,6 @@ def test_second_derivatives_by_jacrev_are_autograds(gradient: Gradient) -> None:
 
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev"])
 @pytest.mark.parametrize("gradient", RECORDING, ids=repr)
-@refused_by_torch_only
 def test_gradients_that_work_in_backward_only_say_so_within_transforms(gradient: Gradient, transform: str) -> None:
     value, parameters = _functional(gradient)
     differentiate = partial(torch.func.vjp, value) if transform == "vjp" else getattr(torch.func, transform)(value)
@@ -95,7 +88,6 @@ def test_gradients_that_work_in_backward_only_say_so_within_transforms(gradient:
         differentiate(parameters, batch())
 
 
-@refused_by_torch_only
 def test_recomputing_says_that_transforms_do_not_support_it() -> None:
     value, parameters = _functional(UnrolledPhantom(recompute=True))
     with pytest.raises(PhantomGradError, match=r"^torch\.func transforms do not support recompute=True"):
@@ -124,11 +116,25 @@ def test_vmap_over_what_the_cell_does_not_see_works() -> None:
     torch.testing.assert_close(scaled[2], 2 * model(x).detach())
 
 
+@pytest.mark.parametrize("gradient", [*UNROLLING, *RECORDING], ids=repr)
+def test_a_batched_backward_works_for_unrolled_steps_and_is_refused_for_the_rest(gradient: Gradient) -> None:
+    model, _ = attached(gradient)
+
+    def jacobian(*, vectorize: bool) -> Tensor:
+        return torch.autograd.functional.jacobian(model, batch(1), vectorize=vectorize)
+
+    expected = jacobian(vectorize=False)
+    assert expected.abs().max() > 0
+    if gradient in UNROLLING:
+        torch.testing.assert_close(jacobian(vectorize=True), expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"Batching rule not implemented|doesn't have storage"):
+            jacobian(vectorize=True)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("gradient", UNROLLING, ids=repr)
-def test_jvp_is_the_transpose_of_backward(gradient: Gradient, frozen: bool, request: pytest.FixtureRequest) -> None:
-    if frozen:
-        request.applymarker(ignores_tangents)
+def test_jvp_is_the_transpose_of_backward(gradient: Gradient, frozen: bool) -> None:
     model, _ = attached(gradient)
     model.requires_grad_(not frozen)
     x, tangent = batch(), torch.randn(3, 3, dtype=torch.float64)
@@ -141,7 +147,6 @@ def test_jvp_is_the_transpose_of_backward(gradient: Gradient, frozen: bool, requ
 
 
 @pytest.mark.parametrize("gradient", UNROLLING, ids=repr)
-@ignores_tangents
 def test_hessian_and_jacfwd_are_autograds(gradient: Gradient) -> None:
     value, parameters = _functional(gradient)
     expected = torch.autograd.functional.hessian(lambda x: value(parameters, x), batch(1))
@@ -153,7 +158,6 @@ def test_hessian_and_jacfwd_are_autograds(gradient: Gradient) -> None:
 
 
 @pytest.mark.parametrize("gradient", RECORDING, ids=repr)
-@ignores_tangents
 def test_gradients_that_work_in_backward_only_refuse_forward_mode(gradient: Gradient) -> None:
     value, parameters = _functional(gradient)
     with pytest.raises(PhantomGradError, match=BACKWARD_ONLY):

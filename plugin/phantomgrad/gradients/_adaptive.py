@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phantomgrad._options import check_integer, check_number
+from phantomgrad._progress import Agree
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve
 from phantomgrad._state import Leaves
@@ -36,14 +37,16 @@ class AdaptivePhantom(Gradient):
         check_integer(self, "max_steps", minimum=1)
 
     def connect(self, problem: Problem) -> Leaves:
-        samples, statistics = problem.samples, problem.adjoint
+        samples, statistics, agree = problem.samples, problem.adjoint, problem.agree
 
         def transform(vjp: VJP, cotangent: Leaves) -> Leaves:
-            return self._adjoint(vjp, cotangent, samples, statistics)
+            return self._adjoint(vjp, cotangent, samples, statistics, agree)
 
         return record(problem.evaluate, problem.solved.point, transform)
 
-    def _adjoint(self, vjp: VJP, cotangent: Leaves, samples: Samples, statistics: AdjointSolve) -> Leaves:
+    def _adjoint(
+        self, vjp: VJP, cotangent: Leaves, samples: Samples, statistics: AdjointSolve, agree: Agree | None
+    ) -> Leaves:
         if self.max_steps == 1:
             statistics.record(1, torch.full((samples.count,), torch.nan, device=samples.device))
             return cotangent
@@ -55,7 +58,8 @@ class AdaptivePhantom(Gradient):
             taken += 1
             found = space.solve()
             error = _estimated_error(found)
-            if taken == most or bool((error <= self.target).all()):
+            met = (error <= self.target).all()
+            if taken == most or bool(met if agree is None else agree(met)):
                 statistics.record(taken + 1, error)
                 return samples.from_matrix(found.improved)
 

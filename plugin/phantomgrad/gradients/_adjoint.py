@@ -13,14 +13,18 @@ The record keeps gradient edges (nodes of the graph), not tensors, so no referen
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from phantomgrad._errors import PhantomGradError
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves
+from phantomgrad._transforms import in_function_transform
+from phantomgrad.gradients._saved import SavedOnce
 
 VJP = Callable[[Leaves], Leaves]
 """Maps a cotangent of the image to the cotangent of the point: the Jacobian's product from the left."""
@@ -32,20 +36,31 @@ Transform = Callable[[VJP, Leaves], Leaves]
 def record(evaluate: Map, point: Leaves, transform: Transform) -> Leaves:
     """Evaluate the map at `point` and return its image with `transform` applied to cotangents."""
     tape, outputs = record_tape(evaluate, point)
-    return cast(Leaves, _Adjoint.apply(tape.vjp, transform, *outputs))
+    return cast(Leaves, _Adjoint.apply(tape, transform, *outputs))
 
 
 def record_tape(evaluate: Map, point: Leaves) -> tuple[Tape, Leaves]:
     """Evaluate the map at `point`, behind a barrier: the recorded evaluation, and its image."""
+    if in_function_transform():
+        raise PhantomGradError(BACKWARD_ONLY)
     inputs = cast(Leaves, _Barrier.apply(*(leaf.detach().requires_grad_() for leaf in point)))
-    outputs = evaluate(inputs)
-    return Tape(inputs, outputs), outputs
+    saved = SavedOnce.where_hooked()
+    with saved.recording() if saved else nullcontext():
+        outputs = evaluate(inputs)
+    return Tape(inputs, outputs, saved), outputs
+
+
+BACKWARD_ONLY = (
+    "This gradient works in backward only: in torch.func.grad, vjp and jvp, and in forward mode, take UnrolledPhantom() or "
+    "OneStep(), or differentiate with torch.autograd.grad."
+)
 
 
 class Tape:
     """The edges of one recorded evaluation."""
 
-    def __init__(self, inputs: Leaves, outputs: Leaves) -> None:
+    def __init__(self, inputs: Leaves, outputs: Leaves, saved: SavedOnce | None = None) -> None:
+        self._saved = saved
         self._inputs = tuple(get_gradient_edge(leaf) for leaf in inputs)
         self._outputs: tuple[GradientEdge | None, ...] = tuple(
             get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs
@@ -57,17 +72,29 @@ class Tape:
         connected = [(edge, g) for edge, g in zip(self._outputs, cotangent, strict=True) if edge is not None]
         if not connected:
             return tuple(map(torch.zeros_like, cotangent))
-        products = torch.autograd.grad(
-            [edge for edge, _ in connected],
-            self._inputs,
-            [g for _, g in connected],
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
+        try:
+            products = torch.autograd.grad(
+                [edge for edge, _ in connected],
+                self._inputs,
+                [g for _, g in connected],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise PhantomGradError(
+                "Activation checkpointing inside the cell needs use_reentrant=False: the reentrant kind cannot be "
+                "differentiated several times."
+            ) from error
         return tuple(
             torch.zeros_like(g) if product is None else product for product, g in zip(products, cotangent, strict=True)
         )
+
+    def products(self) -> AbstractContextManager[None]:
+        """Around all products of one backward pass; see Note [Saved tensors]."""
+        return self._saved.unpacked() if self._saved else nullcontext()
 
 
 class _Barrier(torch.autograd.Function):
@@ -86,11 +113,16 @@ class _Adjoint(torch.autograd.Function):
     """Identity whose backward applies the transform; see Note [Recorded evaluation]."""
 
     @staticmethod
-    def forward(ctx: Any, vjp: VJP, transform: Transform, *outputs: Tensor) -> Leaves:
-        ctx.vjp, ctx.transform = vjp, transform
+    def forward(ctx: Any, tape: Tape, transform: Transform, *outputs: Tensor) -> Leaves:
+        ctx.tape, ctx.transform = tape, transform
         # Copies, since autograd forbids changing a Function's views in place and callers may do that.
         return tuple(leaf.clone() for leaf in outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *ctx.transform(ctx.vjp, cotangent))
+        with ctx.tape.products():
+            return (None, None, *ctx.transform(ctx.tape.vjp, cotangent))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Leaves:
+        raise PhantomGradError(BACKWARD_ONLY)

@@ -21,7 +21,7 @@ from torch import Tensor
 from phantomgrad._errors import PhantomGradError
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves
-from phantomgrad.gradients._adjoint import VJP, Tape, record_tape
+from phantomgrad.gradients._adjoint import BACKWARD_ONLY, VJP, Tape, record_tape
 from phantomgrad.gradients._outside import Aliasing, Discovery, aliases, reaches_a_leaf
 
 SolveAdjoint = Callable[[VJP, Leaves], tuple[Leaves, Leaves]]
@@ -59,7 +59,8 @@ class _Exact:
 
     def adjoint(self, cotangent: Leaves) -> Leaves:
         """The exact adjoint `v = (I - J)^-T g`."""
-        return self._solve_adjoint(self._tape.vjp, cotangent)[1]
+        with self._tape.products():
+            return self._solve_adjoint(self._tape.vjp, cotangent)[1]
 
     def differentiable(self, solution: Leaves, outside: Leaves, cotangent: Leaves) -> tuple[Tensor | None, ...]:
         """`(df/dtheta)^T v` for each outside tensor, with a graph."""
@@ -87,7 +88,7 @@ class _Exact:
                 g.clone() if product is None else product + g for product, g in zip(products, cotangent, strict=True)
             )
 
-        with torch.no_grad():
+        with torch.no_grad(), self._tape.products():
             point, _ = self._solve_adjoint(self._tape.vjp, cotangent)
         return record_exact(adjoint_map, point, self._solve_adjoint, outside=(*solution, *outside, *cotangent))
 
@@ -120,6 +121,10 @@ class _ExactAdjoint(torch.autograd.Function):
         saved: Leaves = ctx.saved_tensors
         solution, tensors = saved[: ctx.count], saved[ctx.count :]
         return (None, None, *(None,) * ctx.count, *ctx.exact.differentiable(solution, tensors, cotangent))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Leaves:
+        raise PhantomGradError(BACKWARD_ONLY)
 
 
 def _running_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -46,6 +46,11 @@ class Implicit(Gradient):
         statistics, report, agree = problem.adjoint, problem.report, problem.agree
 
         def solve_adjoint(vjp: VJP, cotangent: Leaves) -> tuple[Leaves, Leaves]:
+            finite = torch.stack([torch.isfinite(g).all() for g in cotangent]).all()
+            if not bool(finite if agree is None else agree(finite)):
+                # The overflow is the caller's, not the equation's: loss scaling looks for it, to skip the step.
+                nothing = tuple(torch.full_like(g, torch.nan) for g in cotangent)
+                return nothing, nothing
             solved = solve(
                 lambda v: tuple(map(torch.add, vjp(v), cotangent)),
                 cotangent,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch.utils.checkpoint import checkpoint
 
+from phantomgrad._errors import PhantomGradError
 from phantomgrad._options import check_boolean, check_integer, check_number
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves, damped, detach
+from phantomgrad._transforms import in_function_transform
 from phantomgrad.gradients._base import Gradient, Problem
 
 
@@ -55,5 +57,9 @@ class UnrolledPhantom(Gradient):
         return damped(leaves, evaluate(leaves), self.damping)
 
     def _checkpointed_step(self, evaluate: Map, h: Leaves) -> Leaves:
+        if in_function_transform():
+            raise PhantomGradError(
+                "torch.func transforms do not support recompute=True: take UnrolledPhantom() without it."
+            )
         result: Leaves = checkpoint(self._step, evaluate, *h, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         return result
