@@ -36,8 +36,8 @@ def keep_update_gate_open(cell: nn.GRUCell) -> None:
     """Hold the update gate u of h' = (1 - u) n(h) + u h at its start, below 1.
 
     It says how fast the cell moves, not where it settles: h = n(h) for every u < 1. At the equilibrium its gradient
-    vanishes, and Adam scales up what the solver's tolerance leaves of it until the gate closes: after 150 training steps
-    the solver took 42 steps on average with a trained gate, 11 with this one, for an error of 0.017 and 0.022.
+    vanishes, and Adam scales up what the solver's tolerance leaves of it, until the gate closes. After 150 training steps
+    the solver takes 11 steps on average; with a trained gate 34, and 136 solves missed their tolerance on the way.
     """
     gate = torch.arange(HIDDEN, 2 * HIDDEN)  # the middle third of each of the cell's parameters
     with torch.no_grad():
