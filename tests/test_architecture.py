@@ -65,3 +65,13 @@ def test_importing_the_plugin_takes_little_beside_importing_torch() -> None:
     )
     ratios = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
     assert min(ratios) < 0.1
+
+
+def test_diagnostics_is_an_attribute_of_the_plugin_though_it_is_imported_late() -> None:
+    code = (
+        "import sys, phantomgrad; assert 'phantomgrad.diagnostics' not in sys.modules; phantomgrad.diagnostics.check\n"
+        "try: phantomgrad.diagnostic\n"
+        "except AttributeError as error: print(error)"
+    )
+    told = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert told == "module 'phantomgrad' has no attribute 'diagnostic'\n"

@@ -37,6 +37,15 @@ from phantomgrad.solvers import Solver as Solver
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    if name != "diagnostics":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return import_module("phantomgrad.diagnostics")  # at its first use, so that the plugin's import stays short
+
+
 __all__ = [
     "AdaptivePhantom",
     "AdjointSolve",

@@ -135,13 +135,13 @@ class Report:
         if solved.all_converged or torch.compiler.is_exporting():
             return
         self.unconverged += 1
-        if on_failure == "ignore":
-            return
+        if on_failure == "ignore" or (on_failure == "warn" and "unconverged" in self._warned):
+            return  # the message reads from the device and looks for the module's path
         message = (
             f"{what[0].upper()}{what[1:]} did not converge{self.where()}: {int((~solved.converged).sum())} of "
             f"{solved.converged.numel()} samples are above their tolerance after {int(solved.steps.max())} steps, with a "
             f"relative residual of up to {float(solved.residual.max()):.1e}. Raise max_steps, use Anderson() or damping below 1, "
-            'or pass on_failure="ignore".'
+            'or pass on_failure="ignore"; phantomgrad.diagnostics.check says which.'
         )
         if on_failure == "raise":
             raise NotConvergedError(message)
@@ -295,7 +295,7 @@ def _outside_stacklevel() -> int:
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
-        if not (name.startswith("phantomgrad.") or name == "torch.nn.modules.module"):
+        if not name.startswith(("phantomgrad.", "torch.nn.modules.module", "torch.autograd")):
             break
         level, frame = level + 1, frame.f_back
     return level

@@ -32,7 +32,7 @@ class Check:
 class Progress:
     """The samples of one solve.
 
-    A sample has converged when `gap <= atol + rtol * scale`, and diverged when `gap` is not finite.
+    A sample has converged when `gap <= atol + rtol * scale`, and diverged when `gap` or `scale` is not finite.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Progress:
         """Take in `||f(z) - z||` and `||f(z)||` of every sample at a step."""
         residual = gap / scale.clamp_min(self._tiny)
         unmet = gap > torch.add(self._atol, scale, alpha=self._rtol)
-        finite = torch.isfinite(gap)
+        finite = torch.isfinite(gap + scale)  # the norm of an image may overflow before its entries do
         improved = finite if self._keep == "last" else residual <= self.best
         if self._outcome is None:
             all_unmet, all_finite, all_improved = self._ask(unmet, finite, improved)

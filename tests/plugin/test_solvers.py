@@ -196,6 +196,11 @@ def test_a_map_that_diverges_raises_and_can_be_ignored() -> None:
     assert torch.isfinite(solution.value).all()
 
 
+def test_a_state_whose_norm_overflows_has_diverged_though_its_entries_are_finite() -> None:
+    with pytest.raises(DivergedError, match="3 of 3 samples are not finite"):
+        fixed_point(lambda z: 2 * z, torch.ones(3, 16), solver=FixedPointIteration(max_steps=200))
+
+
 def test_running_out_of_steps_warns_raises_or_is_ignored() -> None:
     def call(on_failure: Any) -> Any:
         return fixed_point(lambda z: -z + 1.0, torch.zeros(2, 1), on_failure=on_failure)
