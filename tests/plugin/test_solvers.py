@@ -20,6 +20,7 @@ from phantomgrad import (
     StateMismatchError,
     fixed_point,
 )
+from phantomgrad.solvers._broyden import InverseEstimate
 
 SOLVERS: list[Solver] = [
     FixedPointIteration(max_steps=200, rtol=1e-12),
@@ -292,3 +293,31 @@ def test_unknown_options_are_type_errors() -> None:
         TypeError, match=r"solver must be a phantomgrad Solver object such as Anderson\(\), got 'anderson'"
     ):
         fixed_point(lambda z: z, torch.zeros(1), solver="anderson")  # type: ignore[arg-type]
+
+
+def test_broyden_returns_to_its_best_iterate_when_a_correction_leads_astray() -> None:
+    # A steep wall: a step beyond it multiplies the residual, or leaves the finite numbers.
+    def wall(z: torch.Tensor) -> torch.Tensor:
+        return torch.where(z.abs() < 3, 0.9 * torch.sin(2.5 * z) + 0.3, z.sign() * torch.exp(z.abs() * 40))
+
+    start = torch.linspace(-2.9, 2.9, 60, dtype=torch.float64)[:, None]
+    solution = fixed_point(wall, start, solver=Broyden(max_steps=200, rtol=1e-10), on_failure="ignore")
+    assert torch.isfinite(solution.value).all()
+    assert solution.converged.float().mean() > 0.9
+    z = solution.value[solution.converged]
+    torch.testing.assert_close(wall(z), z, rtol=1e-8, atol=1e-8)
+
+
+def test_broydens_estimate_is_dropped_for_the_sample_that_went_astray_alone() -> None:
+    memory = InverseEstimate(5)
+    point, residual = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    for scale in (1.0, 0.5, 0.25):
+        at, r = memory.returned(point + scale, scale * residual)
+        memory.learn(at, r)
+    jumped = torch.tensor([[0.2], [100.0]], dtype=torch.float64) * residual
+    at, r = memory.returned(point, jumped)
+    assert torch.equal(r, torch.tensor([[0.2], [0.25]], dtype=torch.float64).expand(2, 3))
+    assert torch.equal(at[1], point[1] + 0.25)
+    vector = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64).expand(2, 3)
+    assert not torch.equal(memory.apply(vector)[0], -vector[0])
+    assert torch.equal(memory.apply(vector)[1], -vector[1])

@@ -19,7 +19,8 @@ class Broyden(Solver):
 
     Starts from the inverse `-I`, which makes the first step a plain iteration, and corrects it by one rank a step so that it
     maps the last change of `g` to the last change of `z` (Broyden's "good" method, 1965). Converges superlinearly near a
-    solution, where `f` need not be a contraction; far from one it may wander.
+    solution, where `f` need not be a contraction; far from one it may wander. A sample whose residual has grown tenfold returns to
+    its best iterate and starts the estimate anew, as does one whose next iterate would not be finite.
     """
 
     memory: int = 30
@@ -35,8 +36,16 @@ class Broyden(Solver):
     def advance(self, z: Leaves, fz: Leaves, memory: InverseEstimate, samples: Samples) -> Leaves:
         point = samples.to_matrix(z)
         residual = samples.to_matrix(fz) - point
+        point, residual = memory.returned(point, residual)
         memory.learn(point, residual)
-        return samples.from_matrix(point - memory.apply(residual))
+        following = point - memory.apply(residual)
+        wild = ~torch.isfinite(following).all(dim=1, keepdim=True)
+        memory.forget(wild)
+        return samples.from_matrix(torch.where(wild, point + residual, following))
+
+
+_TOLERATED_GROWTH = 10.0
+"""How far a residual may grow beyond the best one of its sample before the estimate that led there is dropped."""
 
 
 class InverseEstimate:
@@ -48,6 +57,30 @@ class InverseEstimate:
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._best: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def returned(self, point: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The point and its residual, or a sample's best ones where its residual is out of proportion; those start anew."""
+        size = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+        if self._best is None:
+            self._best = point, residual, size
+            return point, residual
+        best_point, best_residual, best_size = self._best
+        better = size < best_size
+        self._best = (
+            torch.where(better, point, best_point),
+            torch.where(better, residual, best_residual),
+            torch.where(better, size, best_size),
+        )
+        lost = size > _TOLERATED_GROWTH * best_size
+        self.forget(lost)
+        return torch.where(lost, best_point, point), torch.where(lost, best_residual, residual)
+
+    def forget(self, which: Tensor) -> None:
+        """Let the samples in `which`, of shape (samples, 1), have the estimate `-I` again."""
+        if self._left is not None and self._right is not None:
+            self._left = torch.where(which.unsqueeze(2), 0.0, self._left)
+            self._right = torch.where(which.unsqueeze(2), 0.0, self._right)
 
     def learn(self, point: Tensor, residual: Tensor) -> None:
         """Correct the estimate by the step from the last point, both of shape (samples, entries)."""
