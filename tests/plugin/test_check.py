@@ -518,6 +518,8 @@ def test_the_report_keeps_neither_module_nor_graph() -> None:
     assert "Linear" in str(report)
 
 
+# torch 2.11 warns about its own use of torch.jit when the compiler is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_dropout_and_compiled_attachments_can_be_checked() -> None:
     cell = Stateful().train()
     cell.norm.eval()

@@ -19,8 +19,8 @@ class Broyden(Solver):
 
     Starts from the inverse `-I`, which makes the first step a plain iteration, and corrects it by one rank a step so that it
     maps the last change of `g` to the last change of `z` (Broyden's "good" method, 1965). Converges superlinearly near a
-    solution, where `f` need not be a contraction; far from one it may wander. A sample whose residual has grown tenfold returns to
-    its best iterate and starts the estimate anew, as does one whose next iterate would not be finite.
+    solution, where `f` need not be a contraction; far from one it may wander. A sample whose residual has grown tenfold
+    returns to its best iterate and starts the estimate anew, as does one whose next iterate would not be finite.
     """
 
     memory: int = 30
