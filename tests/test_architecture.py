@@ -42,7 +42,9 @@ def test_the_plugin_needs_torch_only() -> None:
             assert top in sys.stdlib_module_names | {"torch", "phantomgrad"}, f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["phantomgrad", "phantomgrad_hub", "phantomgrad_demo"])
+@pytest.mark.parametrize(
+    "name", ["phantomgrad", "phantomgrad.diagnostics", "phantomgrad.torchdeq", "phantomgrad_hub", "phantomgrad_demo"]
+)
 def test_everything_public_is_importable_and_listed(name: str) -> None:
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)

@@ -243,14 +243,18 @@ class Attachment(Bound):
         if any(last() is leaf for last in self._thread.last_output for leaf in leaves):
             self._report.warn_once(
                 "loop",
-                f"The start of the solve{self._where()} is the previous call's result: a loop around the module is no longer "
-                "needed, one call returns the equilibrium. To warm start, pass z0.detach().",
+                lambda: (
+                    f"The start of the solve{self._where()} is the previous call's result: a loop around the module is no longer "
+                    "needed, one call returns the equilibrium. To warm start, pass z0.detach()."
+                ),
             )
         elif not any(isinstance(value, Tensor) and value.requires_grad for value in others):
             self._report.warn_once(
                 "start",
-                f"The start of the solve{self._where()} requires grad and no other input does: a start gets no gradient, so what "
-                "computed it stays untrained. Pass it as a further input of the cell, or detach it if that is intended.",
+                lambda: (
+                    f"The start of the solve{self._where()} requires grad and no other input does: a start gets no gradient, so "
+                    "what computed it stays untrained. Pass it as a further input of the cell, or detach it if that is intended."
+                ),
             )
 
 

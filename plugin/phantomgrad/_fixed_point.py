@@ -116,21 +116,20 @@ class Report:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "where": None}
 
-    def warn_once(self, topic: str, message: str, category: type[Warning] = UserWarning) -> None:
-        """Warn, but only the first time about each topic."""
+    def warn_once(self, topic: str, message: Callable[[], str], category: type[Warning] = UserWarning) -> None:
+        """Warn, but only the first time about each topic; only then is the message made."""
         if topic not in self._warned:
             self._warned.add(topic)
-            warnings.warn(message, category, stacklevel=_outside_stacklevel())
+            warnings.warn(message(), category, stacklevel=_outside_stacklevel())
 
     def __call__(self, solved: Solved, what: str, on_failure: OnFailure | None = None) -> None:
         """Act on a finished solve of `what`."""
         on_failure = on_failure or self.on_failure
         if solved.any_diverged and on_failure != "ignore":
-            worst = int(solved.steps.max())
             raise DivergedError(
-                f"{what[0].upper()}{what[1:]} diverged{self.where()}: {int(solved.diverged.sum())} of "
-                f"{solved.diverged.numel()} samples are not finite after {worst} steps. Damp the solver "
-                "(FixedPointIteration(damping=0.5)), use Anderson(), or normalise the block."
+                f"{what[0].upper()}{what[1:]} diverged{self.where()}: {_count(solved.diverged)} not finite after "
+                f"{int(solved.steps.max())} steps. Damp the solver (FixedPointIteration(damping=0.5)), use Anderson(), "
+                "or normalise the block."
             )
         if solved.all_converged or torch.compiler.is_exporting():
             return
@@ -138,14 +137,14 @@ class Report:
         if on_failure == "ignore" or (on_failure == "warn" and "unconverged" in self._warned):
             return  # the message reads from the device and looks for the module's path
         message = (
-            f"{what[0].upper()}{what[1:]} did not converge{self.where()}: {int((~solved.converged).sum())} of "
-            f"{solved.converged.numel()} samples are above their tolerance after {int(solved.steps.max())} steps, with a "
-            f"relative residual of up to {float(solved.residual.max()):.1e}. Raise max_steps, use Anderson() or damping below 1, "
-            'or pass on_failure="ignore"; phantomgrad.diagnostics.check says which.'
+            f"{what[0].upper()}{what[1:]} did not converge{self.where()}: {_count(~solved.converged)} above their tolerance "
+            f"after {int(solved.steps.max())} steps, with a relative residual of up to {float(solved.residual.max()):.1e}. "
+            'Raise max_steps, use Anderson() or damping below 1, or pass on_failure="ignore"; '
+            "phantomgrad.diagnostics.check says which."
         )
         if on_failure == "raise":
             raise NotConvergedError(message)
-        self.warn_once("unconverged", message, NotConvergedWarning)
+        self.warn_once("unconverged", lambda: message, NotConvergedWarning)
 
 
 def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Report) -> tuple[Leaves, Solution]:
@@ -288,6 +287,12 @@ def _agreement(process_group: Any) -> Agree | None:
         return votes.bool()
 
     return agree
+
+
+def _count(failed: Tensor) -> str:
+    """Which samples have failed; none of this process's where another of its process_group has failed."""
+    count = int(failed.sum())
+    return f"{count} of {failed.numel()} samples are" if count else "samples of another process of process_group are"
 
 
 def _outside_stacklevel() -> int:

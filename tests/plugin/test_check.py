@@ -176,6 +176,14 @@ def test_a_block_that_is_far_from_normal() -> None:
     assert _says(report, "The block is far from normal (2-norm 2.")
 
 
+def test_a_norm_little_above_one_is_not_far_from_normal() -> None:
+    J = torch.tensor([[0.5, 0.8], [0.0, 0.5]])
+    report = _examine(Linear(J), max_steps=200)
+    assert report.norm is not None
+    assert 1 < float(report.norm) < 1.1
+    assert not _says(report, "far from normal")
+
+
 def test_your_poor_gradient_is_named() -> None:
     cell = Linear(torch.tensor([[0.0, 0.95], [-0.95, 0.0]]))
     attach(cell, OneStep(), solver=FixedPointIteration(damping=0.5, max_steps=300))

@@ -22,9 +22,11 @@ from phantomgrad import (
     AttachError,
     Attachment,
     DivergedError,
+    FixedPointIteration,
     Gradient,
     Implicit,
     NeumannPhantom,
+    NotConvergedWarning,
     UnrolledPhantom,
     attach,
     attachments,
@@ -141,8 +143,17 @@ def _check_failing_together(rank: int) -> None:
     model = _model()
     attach(model.cell, process_group=dist.group.WORLD)
     x = _half(rank)
-    with pytest.raises(DivergedError):
+    here = "samples of another process of process_group are" if rank == 0 else "4 of 4 samples are"
+    with pytest.raises(DivergedError, match=rf"{here} not finite after 1 steps\."):
         model(x if rank == 0 else torch.full_like(x, torch.nan))
+    model = _model()
+    attach(model.cell, solver=FixedPointIteration(max_steps=2), process_group=dist.group.WORLD)
+    with torch.no_grad():  # from a zero start without input or bias every step stays at zero
+        for parameter in model.parameters():
+            if rank == 0 and parameter.dim() == 1:
+                parameter.zero_()
+    with pytest.warns(NotConvergedWarning, match=rf"{here} above their tolerance after [12] steps"):
+        model(torch.zeros_like(x) if rank == 0 else x)
 
 
 def _worker(rank: int, folder: str) -> None:

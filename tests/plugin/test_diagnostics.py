@@ -23,6 +23,7 @@ from phantomgrad import (
     Implicit,
     KrylovPhantom,
     NeumannPhantom,
+    NotConvergedError,
     NotConvergedWarning,
     OneStep,
     PhantomGradError,
@@ -176,6 +177,28 @@ def test_spectral_radius_of_a_large_map_needs_restarts_and_is_as_accurate_as_it_
     assert evaluations <= 3  # one recorded evaluation serves all products
     assert abs(float(found) - 0.95) <= 1e-6 * 0.95  # the matrix is normal
     assert found.residual.max() <= 1e-6 * float(found)
+
+
+@pytest.mark.parametrize("measure", [spectral_radius, phantom_error, gradient_alignment, ascent_condition])
+def test_a_cell_that_does_not_settle_is_never_measured_silently(measure: Callable[..., object]) -> None:
+    cell = Tanh(size=1, inputs=1)
+    with torch.no_grad():
+        cell.recurrent.weight.fill_(-1.5)
+        cell.recurrent.bias.zero_()
+        cell.inputs.bias.zero_()
+        cell.inputs.weight.fill_(0.1)
+    start, x = torch.zeros(2, 1, dtype=DTYPE), torch.ones(2, 1, dtype=DTYPE)
+    with pytest.warns(NotConvergedWarning, match=r"2 of 2 samples are above .* or pass on_failure=\"ignore\""):
+        measure(cell, start, x)
+    measure(cell, start, x, on_failure="ignore")
+    with pytest.raises(NotConvergedError, match="2 of 2 samples"):
+        measure(cell, start, x, on_failure="raise")
+    with pytest.raises(ValueError, match=r"^on_failure must be one of 'warn', 'raise', 'ignore', got 'no'\.$"):
+        measure(cell, start, x, on_failure="no")
+    with attach(cell, on_failure="ignore"):
+        measure(cell, start, x)
+        with pytest.raises(NotConvergedError):
+            measure(cell, start, x, on_failure="raise")
 
 
 def test_an_unfinished_search_says_so() -> None:

@@ -13,6 +13,8 @@ from phantomgrad.gradients import Implicit
 GOOD_COSINE = 0.97
 """From here on a gradient is called good: between what the paper measured for one step (.96) and for five (.98 and
 above)."""
+_FAR_FROM_NORMAL = 1.5
+"""A 2-norm above this is called far from normal where the spectral radius is below 1."""
 
 
 def advise(report: CheckReport) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ def _about_gradients(report: CheckReport) -> Iterator[str]:
             f"No cheap gradient reaches a cosine of {GOOD_COSINE}; the best is {short(best.gradient)} with "
             f"{best.alignment.cosine:.3f}. Raise its steps, or take Implicit()."
         )
-    if report.norm is not None and float(report.norm) >= 1 > float(report.radius):
+    if report.norm is not None and float(report.norm) > _FAR_FROM_NORMAL > 1 > float(report.radius):
         yield (
             f"The block is far from normal (2-norm {float(report.norm):.2g}, spectral radius "
             f"{float(report.radius):.2g}): errors grow before they shrink. KrylovPhantom copes best with that; leave "

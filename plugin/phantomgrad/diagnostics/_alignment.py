@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phantomgrad._errors import NotConvergedWarning
+from phantomgrad._fixed_point import OnFailure
 from phantomgrad._state import Leaves, State, Structure, describe
 from phantomgrad.diagnostics._exact_adjoint import adjoint_tolerance, exact_adjoint
 from phantomgrad.diagnostics._linearised import Linearisation, linearise
@@ -78,6 +79,7 @@ def gradient_alignment(
     state: int | str = 0,
     output: int | str | None = None,
     batch_dim: int | None = 0,
+    on_failure: OnFailure | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> GradientAlignment:
     """Cosine and norm ratio of a gradient against the exact one, overall and for every parameter and input.
@@ -95,7 +97,15 @@ def gradient_alignment(
     solved.
     """
     with examine(
-        module, inputs, kwargs, solver=solver, state=state, output=output, batch_dim=batch_dim, parameters=parameters
+        module,
+        inputs,
+        kwargs,
+        solver=solver,
+        state=state,
+        output=output,
+        batch_dim=batch_dim,
+        parameters=parameters,
+        on_failure=on_failure,
     ) as subject:
         require_variables(subject)
         at = linearise(subject)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantomgrad._fixed_point import OnFailure
 from phantomgrad._samples import Samples
 from phantomgrad._state import State
 from phantomgrad.diagnostics._alignment import (
@@ -108,6 +109,7 @@ def ascent_condition(
     state: int | str = 0,
     output: int | str | None = None,
     batch_dim: int | None = 0,
+    on_failure: OnFailure | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> AscentCondition:
     """Theorem 1 at the solution: `||A (I - J) - dF/dz|| <= s_min^2 / s_max` makes the gradient `A g` an ascent
@@ -124,7 +126,15 @@ def ascent_condition(
     The other arguments are those of `gradient_alignment`.
     """
     with examine(
-        module, inputs, kwargs, solver=solver, state=state, output=output, batch_dim=batch_dim, parameters=parameters
+        module,
+        inputs,
+        kwargs,
+        solver=solver,
+        state=state,
+        output=output,
+        batch_dim=batch_dim,
+        parameters=parameters,
+        on_failure=on_failure,
     ) as subject:
         require_variables(subject)
         at = linearise(subject)

@@ -112,7 +112,7 @@ def _examine(subject: Subject, where: str, *, loss: Loss | None, max_steps: int 
     solvers = list(dict.fromkeys([own, *(replace(s, max_steps=limit, rtol=own.rtol, atol=own.atol) for s in others)]))
     trials = [try_solver(subject, solver) for solver in solvers]
     chosen = next((trial for trial in trials if trial.settles), min(trials, key=lambda trial: trial.best))
-    at = linearise(subject, solver=chosen.solver, on_failure="ignore")
+    at = linearise(subject, solver=chosen.solver, on_failure="ignore", warn_of_coupling=False)
 
     options = RadiusOptions(damping=1.0, rtol=1e-3, max_products=200)
     leading = leading_of(at, options, seed=seed)

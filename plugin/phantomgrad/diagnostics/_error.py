@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from phantomgrad._fixed_point import OnFailure
 from phantomgrad._options import check_choice, check_integer, check_number
 from phantomgrad.diagnostics._linearised import Linearisation, linearise
 from phantomgrad.diagnostics._subject import Target, examine
@@ -84,6 +85,7 @@ def phantom_error(
     state: int | str = 0,
     output: int | str | None = None,
     batch_dim: int | None = 0,
+    on_failure: OnFailure | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> PhantomError:
     """An estimate of `||B^k||`, `B = damping J + (1 - damping) I`, at the solution, per sample along `batch_dim`.
@@ -102,7 +104,16 @@ def phantom_error(
 
     The other arguments are those of `spectral_radius`.
     """
-    with examine(module, inputs, kwargs, solver=solver, state=state, output=output, batch_dim=batch_dim) as subject:
+    with examine(
+        module,
+        inputs,
+        kwargs,
+        solver=solver,
+        state=state,
+        output=output,
+        batch_dim=batch_dim,
+        on_failure=on_failure,
+    ) as subject:
         own = steps_and_damping(subject.gradient or UnrolledPhantom())
         if own is None and (steps is None or damping is None):
             raise ValueError(

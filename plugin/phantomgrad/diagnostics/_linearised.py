@@ -164,13 +164,18 @@ class _Capture(Gradient):
 
 
 def linearise(
-    subject: Subject, *, solver: Solver | None = None, start: State | None = None, on_failure: OnFailure | None = None
+    subject: Subject,
+    *,
+    solver: Solver | None = None,
+    start: State | None = None,
+    on_failure: OnFailure | None = None,
+    warn_of_coupling: bool = True,
 ) -> Linearisation:
     """Solve, and record the map at the solution; warns where it couples the samples that it was said to keep apart."""
     capture = _Capture()
     solution = subject.solve(capture, solver=solver, start=start, on_failure=on_failure)
     at = Linearisation(capture.problems[-1], subject.variables, solution)
-    if at.coupled and (on_failure or subject.on_failure) != "ignore":
+    if warn_of_coupling and at.coupled:
         warnings.warn(_coupled(subject.call.batch_dim), stacklevel=3)
     return at
 

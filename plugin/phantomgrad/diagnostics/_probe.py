@@ -58,7 +58,7 @@ class Probe:
         with examine(
             module, self._args, self._kwargs, solver=None, state=0, output=None, batch_dim=0, on_failure="ignore"
         ) as subject:
-            at = linearise(subject)
+            at = linearise(subject, warn_of_coupling=False)
             measured = {"spectral_radius": float(radius(at, _RADIUS, seed=self.step))}
             if subject.variables and subject.gradient is not None:
                 cotangent = self.cotangent

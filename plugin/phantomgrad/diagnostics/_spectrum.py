@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantomgrad._fixed_point import OnFailure
 from phantomgrad._options import check_integer, check_number
 from phantomgrad.diagnostics._linearised import Linearisation, linearise
 from phantomgrad.diagnostics._subject import Target, examine
@@ -79,6 +80,7 @@ def spectral_radius(
     state: int | str = 0,
     output: int | str | None = None,
     batch_dim: int | None = 0,
+    on_failure: OnFailure | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> SpectralRadius:
     """The spectral radius of the cell's Jacobian `J` at its solution, per sample along `batch_dim`.
@@ -93,10 +95,21 @@ def spectral_radius(
     seed: of the random start vectors; no global generator is touched.
     solver, state, output, batch_dim: as in `attach`, for cells that are not attached; those that are use their own.
         `FixedPointIteration(max_steps=0)` measures at the start itself.
+    on_failure: as in `attach`; by default the attached module's own, else "warn". What is measured where the solve has
+        not converged belongs to the point it returned, not to a solution.
     kwargs: the call's keyword arguments.
     """
     options = RadiusOptions(damping=damping, rtol=rtol, max_products=max_products)
-    with examine(module, inputs, kwargs, solver=solver, state=state, output=output, batch_dim=batch_dim) as subject:
+    with examine(
+        module,
+        inputs,
+        kwargs,
+        solver=solver,
+        state=state,
+        output=output,
+        batch_dim=batch_dim,
+        on_failure=on_failure,
+    ) as subject:
         return radius(linearise(subject), options, seed=seed)
 
 
