@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from phantomgrad import (
 from phantomgrad_hub import MDEQ, mdeq_imagenet_small
 
 RESULTS = Path(__file__).parent / "results"
+EXACT = "exact (rtol 1e-3)"
 GRADIENTS: dict[str, Gradient] = {
-    "exact (rtol 1e-3)": Implicit(rtol=1e-3),
+    EXACT: Implicit(rtol=1e-3),
     "UPG k=5": UnrolledPhantom(steps=5, damping=0.6),
     "UPG k=5, recomputed": UnrolledPhantom(steps=5, damping=0.6, recompute=True),
     "NPG k=5": NeumannPhantom(steps=5, damping=0.6),
@@ -71,20 +72,28 @@ def measure(model: MDEQ, injection: Tensor, gradient: Gradient) -> dict[str, Any
     return {"forward": middle - begin, "backward": end - middle, "grads": grads}
 
 
-def compare(model: MDEQ, injection: Tensor, repeats: int, progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One row a gradient: medians over `repeats` interleaved runs, after one to warm up."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in GRADIENTS}
+def compare(
+    model: MDEQ,
+    injection: Tensor,
+    repeats: int,
+    progress: Callable[[str], None],
+    *,
+    gradients: Mapping[str, Gradient],
+    exact: str,
+) -> list[dict[str, Any]]:
+    """One row a gradient: medians over `repeats` interleaved runs, after one to warm up; `exact` is what cosines refer to."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in gradients}
     for repeat in range(repeats + 1):
-        for name, gradient in GRADIENTS.items():
+        for name, gradient in gradients.items():
             progress(f"run {repeat} of {repeats}: {name}")
             result = measure(model, injection, gradient)
             if repeat > 0:
                 runs[name].append(result)
-    exact = runs["exact (rtol 1e-3)"][-1]["grads"]
+    reference = runs[exact][-1]["grads"]
     rows = []
     for name, results in runs.items():
-        cosine = torch.nn.functional.cosine_similarity(results[-1]["grads"], exact, dim=0).item()
-        saved = saved_bytes(model, injection, GRADIENTS[name]) / 2**20
+        cosine = torch.nn.functional.cosine_similarity(results[-1]["grads"], reference, dim=0).item()
+        saved = saved_bytes(model, injection, gradients[name]) / 2**20
         row: dict[str, Any] = {"gradient": name, "cosine": cosine, "saved_mib": saved}
         for key in ("forward", "backward"):
             seconds = [result[key] for result in results]
@@ -110,7 +119,14 @@ def main() -> None:
     attachment.solver = FixedPointIteration(max_steps=options.steps, rtol=0.0, atol=0.0, keep="last", damping=0.6)
     with torch.no_grad():
         injection = model.inject(torch.randn(options.batch, 3, options.size, options.size))
-    rows = compare(model, injection, options.repeats, lambda text: print(f"\r{text:<50}", end="", flush=True))
+    rows = compare(
+        model,
+        injection,
+        options.repeats,
+        lambda text: print(f"\r{text:<50}", end="", flush=True),
+        gradients=GRADIENTS,
+        exact=EXACT,
+    )
     print("\r" + " " * 50, end="\r")
 
     print(f"{'gradient':<22}{'forward s':>10}{'backward s':>12}{'saved MiB':>11}{'cosine':>9}")
