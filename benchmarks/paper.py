@@ -12,15 +12,17 @@ The claims (Geng et al., "On Training Implicit Models", NeurIPS 2021): with a da
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,38 +139,39 @@ def folder_of(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
-def train_one(scale: Scale, name: str, gradient: Gradient, seed: int, data: str, runs: Path, threads: int) -> str:
-    """Train or resume one run, in a process of its own; a line about how it ended."""
-    torch.set_num_threads(threads)
-    config = scale.config(gradient, seed)
-    result = train(config, scale.source(data), folder_of(runs, name, seed), recipe="paper", cpu=False, progress=False)
-    if result.evaluation is None:
-        return f"{name}, seed {seed}: stopped at step {result.step}"
-    return f"{name}, seed {seed}: {result.evaluation.top1:.2%}"
+def train_one(scale: Scale, index: int, seed: int, data: str, runs: Path) -> None:
+    """Train or resume one run."""
+    family, steps, damping, gradient = list(settings())[index]
+    folder = folder_of(runs, name_of(family, steps, damping), seed)
+    train(scale.config(gradient, seed), scale.source(data), folder, recipe="paper", progress=False)
 
 
-def run_all(scale: Scale, data: str, runs: Path, jobs: int) -> None:
-    """Train what is not finished, `jobs` runs at a time, seed by seed."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def run_all(scale_name: str, data: str, runs: Path, jobs: int) -> None:
+    """Train what is not finished, `jobs` runs at a time, seed by seed, each in a process of its own."""
     runs.mkdir(parents=True, exist_ok=True)
-    pending = [
-        (name_of(family, steps, damping), gradient, seed)
-        for seed in SEEDS
-        for family, steps, damping, gradient in settings()
-        if not (folder_of(runs, name_of(family, steps, damping), seed) / "result.json").is_file()
-    ]
-    total, done = len(SEEDS) * sum(1 for _ in settings()), 0
-    done = total - len(pending)
-    # A process for each run: what one leaves behind cannot reach the next.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [pool.submit(train_one, scale, *run, data, runs, threads) for run in pending]
-        for future in as_completed(futures):
-            try:
-                line = future.result()
-            except Exception as error:  # one failed run, such as a loss that is not finite, must not end the others
-                line = f"failed: {error}"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    everything = list(itertools.product(SEEDS, range(len(list(settings())))))
+    lock, done = threading.Lock(), 0
+
+    def run(seed: int, index: int) -> None:
+        nonlocal done
+        name = name_of(*list(settings())[index][:3])
+        result = folder_of(runs, name, seed) / "result.json"
+        line = ""
+        if not result.is_file():
+            command = [sys.executable, "-m", "benchmarks.paper", "--scale", scale_name, "--data", data]
+            command += ["--runs", str(runs), "--one", str(index), str(seed)]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            line = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+        with lock:
             done += 1
-            print(f"[{done}/{total}] {line}", flush=True)
+            if result.is_file():
+                line = f"{json.loads(result.read_text(encoding='utf-8'))['top1']:.2%}"
+            print(f"[{done}/{len(everything)}] {name}, seed {seed}: {line}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run, seed, index) for seed, index in everything]:
+            future.result()
 
 
 def collect(runs: Path) -> list[dict[str, Any]]:
@@ -193,8 +196,14 @@ def collect(runs: Path) -> list[dict[str, Any]]:
 def cost(scale: Scale, runs: Path, repeats: int) -> dict[str, dict[str, Any]]:
     """Seconds and saved memory of the block in a training step of every setting, on one trained model, interleaved."""
     warnings.simplefilter("ignore", NotConvergedWarning)
-    trained = folder_of(runs, name_of("UPG", 5, 0.5), SEEDS[0]) / "best"
-    model = MDEQ.from_pretrained(trained).train()
+    trained = [
+        folder_of(runs, name_of(family, steps, damping), seed) / "best"
+        for seed in SEEDS
+        for family, steps, damping, _ in settings()
+    ]
+    # The paper's own setting, where it is finished.
+    trained.sort(key=lambda folder: folder != folder_of(runs, name_of("UPG", 5, 0.5), SEEDS[0]) / "best")
+    model = MDEQ.from_pretrained(next(folder for folder in trained if folder.is_dir())).train()
     gradients = {name_of(family, steps, damping): gradient for family, steps, damping, gradient in settings()}
     with torch.no_grad():
         injection = model.inject(torch.randn(scale.batch_size, 3, 32, 32))
@@ -285,16 +294,19 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--runs", type=Path, help="where the runs are kept; by default runs/paper-SCALE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--repeats", type=int, default=5, help="of the timing")
     parser.add_argument("--out", type=Path, default=RESULTS / "paper.json")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     runs = options.runs or Path("runs") / f"paper-{options.scale}"
+    if not options.report and options.data is None:
+        parser.error("--data is needed for training")
+    if options.one:
+        return train_one(SCALES[options.scale], *options.one, options.data, runs)
     if not options.report:
-        if options.data is None:
-            parser.error("--data is needed for training")
-        run_all(SCALES[options.scale], options.data, runs, options.jobs)
+        run_all(options.scale, options.data, runs, options.jobs)
     report(options.scale, runs, options.out, options.picture, options.repeats)
 
 

@@ -53,7 +53,7 @@ class StateArgument:
             )
 
     def split(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Forward
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Forward, where: Callable[[], str] = lambda: ""
     ) -> tuple[State, tuple[Any, ...], Callable[[State], Any]]:
         """The state, the other arguments, and a function of the state alone."""
         position, name = self.position, self.name
@@ -63,4 +63,7 @@ class StateArgument:
         if name is not None and name in kwargs:
             rest = {key: value for key, value in kwargs.items() if key != name}
             return kwargs[name], (*args, *rest.values()), lambda z: step(*args, **rest, **{name: z})
-        raise TypeError(f"The call lacks the state argument {position if name is None else name!r}.")
+        raise TypeError(
+            f"The call lacks the state argument {position if name is None else name!r}{where()}: pass the start of the solve, "
+            "such as zeros."
+        )

@@ -11,7 +11,8 @@ from phantomgrad._attachment import Attachment as Attachment
 from phantomgrad._attachment import attachment_of as attachment_of
 from phantomgrad._bound import module_path
 from phantomgrad._errors import AttachError
-from phantomgrad._fixed_point import OnFailure, OnStep, Settings
+from phantomgrad._fixed_point import OnStep, Settings
+from phantomgrad._report import OnFailure
 from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.solvers import FixedPointIteration, Solver
 
@@ -53,11 +54,20 @@ def attach(
         raise AttachError(
             f"attach takes an nn.Module, got {describe_type(module)}. For a function use fixed_point or @equilibrium."
         )
+    if isinstance(module.__dict__.get("forward"), Attachment) and not is_attached(module):
+        raise AttachError(
+            f"{module_path(module)} is a shallow copy of an attached module and would run the original. Use copy.deepcopy, or "
+            "remove() the attachment before copying."
+        )
     if is_attached(module):
         raise AttachError(
             f"{module_path(module)} is attached already. Change it by assignment (attachment.gradient = ..., "
             "attachment.solver = ...; attachments(model) yields every attachment), or remove() it first."
         )
+    if isinstance(output, bool) or not isinstance(output, int | str | None):
+        raise TypeError(f"output must be a position, a key or None, got {output!r}.")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}.")
     settings = Settings(
         gradient=UnrolledPhantom() if gradient is None else gradient,
         solver=FixedPointIteration() if solver is None else solver,

@@ -18,10 +18,11 @@ from phantomgrad._arguments import StateArgument, call_forward, original_forward
 from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._communication import refuse_communication
-from phantomgrad._errors import AttachError
-from phantomgrad._fixed_point import Report, Settings, run
+from phantomgrad._errors import AttachError, DivergedError, NotConvergedError
+from phantomgrad._fixed_point import Settings, requires_grad, run
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._parametrizations import release
+from phantomgrad._report import Report
 from phantomgrad._solution import Solution
 from phantomgrad._state import State
 from phantomgrad._transforms import outside_the_compiler
@@ -32,7 +33,10 @@ from phantomgrad.solvers import Solver
 def attachment_of(module: nn.Module) -> Attachment | None:
     """The attachment of `module` itself, also where a framework has wrapped its `forward` since."""
     replicate = module.__dict__.get(_REPLICATE)
-    return replicate.attachment if isinstance(replicate, _Replicate) and "forward" in module.__dict__ else None
+    if not isinstance(replicate, _Replicate) or "forward" not in module.__dict__:
+        return None
+    attachment = replicate.attachment
+    return attachment if attachment._module_ref() is module else None  # a shallow copy shares what is another module's
 
 
 _REPLICATE = "_replicate_for_data_parallel"
@@ -191,7 +195,17 @@ class Attachment(Bound):
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Attachment({module_path(self.module)}, {self.gradient}, solver={self.solver})"
+        module = self._module_ref()
+        path = "a module that no longer exists" if module is None else module_path(module)
+        return f"Attachment({path}, {self.gradient}, solver={self.solver})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(
+                f"An attachment has no {name!r} to assign: gradient, solver and eval_solver can be. Other options are given to "
+                "attach: remove() it and attach anew."
+            )
+        super().__setattr__(name, value)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -205,6 +219,11 @@ class Attachment(Bound):
         return self.module
 
     @property
+    def __code__(self) -> Any:
+        """What `torch.export` reads the names of a root module's arguments from."""
+        return getattr(original_forward(self.module, self._previous), "__code__", type(self.module).forward.__code__)
+
+    @property
     def __func__(self) -> Callable[..., Any]:
         return _forward
 
@@ -214,15 +233,19 @@ class Attachment(Bound):
         if thread.disabled:
             return self.step(*args, **kwargs)
         settings = self._current_settings()
-        z0, others, call = self._state.split(args, kwargs, self.step)
         module = self.module
+        z0, others, call = self._state.split(args, kwargs, self.step, self._where)
         if settings.process_group is None:
             refuse_communication(module)
         scope = OncePerSolve(module, ahead=self._compile)
         cell = Cell(call, z0, output=self._output, where=self._where, scope=scope, compiled=self._compile)
         if torch.is_grad_enabled() and not settings.gradient.records_solve:
             self._check_start(z0, cell, others, module)
-        leaves, solution = run(cell, settings, visible=_chain(others, module), report=self._report)
+        try:
+            leaves, solution = run(cell, settings, visible=_chain(others, module), report=self._report)
+        except (DivergedError, NotConvergedError) as error:
+            thread.solution = error.solution
+            raise
         thread.solution = solution
         thread.last_output = [weakref.ref(leaf) for leaf in leaves]
         value = cell.structure.unflatten(leaves)
@@ -248,7 +271,7 @@ class Attachment(Bound):
                     "needed, one call returns the equilibrium. To warm start, pass z0.detach()."
                 ),
             )
-        elif not any(isinstance(value, Tensor) and value.requires_grad for value in others):
+        elif not any(map(requires_grad, others)):
             self._report.warn_once(
                 "start",
                 lambda: (

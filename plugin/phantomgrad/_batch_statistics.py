@@ -2,8 +2,9 @@
 
 Note [Batch statistics]
 In training mode BatchNorm updates its running statistics at every evaluation. During a solve each evaluation updates a
-scratch copy instead, and one of them counts: the first that is recorded for backward, or the last where none is. The
-module's own buffers change after the solve only, so no buffer that a graph has saved is written to.
+scratch copy instead, and one of them counts: the first after the solve, which is that at the solution, or the solver's last
+where none follows. The module's own buffers change at the end of the call only, so no buffer that a graph has saved is
+written to. A scratch copy knows the buffer it stands for: another thread that finds it in the module takes that one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ NormBase = batchnorm._NormBase
 """BatchNorm and InstanceNorm of any number of dimensions."""
 
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
+_STANDS_FOR = "_phantomgrad_stands_for"
 _Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
@@ -27,25 +29,34 @@ class BatchStatistics:
 
     def __init__(self, norms: list[NormBase]) -> None:
         self._own: _Buffers = [
-            (norm, name, buffer) for norm in norms for name in _NAMES if (buffer := norm._buffers.get(name)) is not None
+            (norm, name, getattr(buffer, _STANDS_FOR, buffer))
+            for norm in norms
+            for name in _NAMES
+            if (buffer := norm._buffers.get(name)) is not None
         ]
         self._counted: list[Tensor] | None = None
-        self._counted_is_recorded = False
+        self._solved = False
+        self._decided = False
 
     @contextmanager
     def __call__(self) -> Generator[None, None, None]:
         """One evaluation, on scratch copies."""
         scratch = [buffer.clone() for _, _, buffer in self._own]
-        for (norm, name, _), copy in zip(self._own, scratch, strict=True):
+        for (norm, name, buffer), copy in zip(self._own, scratch, strict=True):
+            setattr(copy, _STANDS_FOR, buffer)
             norm._buffers[name] = copy
         try:
             yield
         finally:
             for norm, name, buffer in self._own:
                 norm._buffers[name] = buffer
-        if not self._counted_is_recorded:
+        if not self._decided:
             self._counted = scratch
-            self._counted_is_recorded = torch.is_grad_enabled()
+            self._decided = self._solved
+
+    def solved(self) -> None:
+        """The next evaluation is that of the solution."""
+        self._solved = True
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -53,4 +64,4 @@ class BatchStatistics:
         for (_, _, buffer), counted in zip(self._own, self._counted or (), strict=False):
             buffer.copy_(counted)
         self._counted = None
-        self._counted_is_recorded = True
+        self._decided = True

@@ -6,10 +6,12 @@ state's dtype, and holds what must stay the same between the evaluations of one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phantomgrad._errors import PhantomGradError, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
@@ -35,21 +37,31 @@ class Cell:
         scope: OncePerSolve | None = None,
         compiled: bool = False,
     ) -> None:
-        self.structure = Structure.of(state)
+        self.structure = Structure.of(state, where)
         leaves = self.structure.flatten(state)
         assert leaves is not None
+        if not torch.is_inference_mode_enabled():
+            # Tensors made in inference mode can neither be recorded nor watched for changes in place.
+            leaves = tuple(leaf.clone() if leaf.is_inference() else leaf for leaf in leaves)
         self.start: Leaves = tuple(leaf.detach() for leaf in leaves)
+        self.where = where
         self.compiled = compiled
-        self._given: Leaves = leaves
         self.returned: Any = None
+        """What the map returned last, where the state is only one part of it."""
+        self.returns_more = output is not None
+        self._given: Leaves = leaves
         self._step = step
         self._output = output
-        self._where = where
+        self._evaluated = False
         self._scope = scope if scope is not None and scope.needed else None
         self._randomness = Replay(leaves[0].device)
         self._signature = tuple((leaf.shape, leaf.device) for leaf in leaves)
         self._dtypes = tuple(leaf.dtype for leaf in leaves)
         for leaf in leaves:
+            if leaf.is_meta:
+                raise StateMismatchError(
+                    f"A solve needs values{where()}; got {describe(state)}. Use attachment.disabled() to trace shapes."
+                )
             if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise StateMismatchError(
                     f"A fixed point needs floating-point states{where()}; got {describe(state)}. "
@@ -58,18 +70,21 @@ class Cell:
 
     def __call__(self, leaves: Leaves) -> Leaves:
         """`f` of a state with these leaves."""
-        versions = None if leaves[0].is_inference() else [leaf._version for leaf in leaves]
+        unchanged = self._watch(leaves)
         state = self.structure.unflatten(leaves)
         self._randomness.begin()
-        if self._scope is None:
-            returned = self._step(state)
-        else:
-            with self._scope():
+        try:
+            if self._scope is None:
                 returned = self._step(state)
-        self._randomness.end()
-        if versions is not None and versions != [leaf._version for leaf in leaves]:
+            else:
+                with self._scope():
+                    returned = self._step(state)
+        finally:
+            self._randomness.end()
+        self._evaluated = True
+        if not unchanged():
             raise StateMismatchError(
-                f"The map changed its state in place{self._where()}. The solver still needs it: write `z = z + ...` "
+                f"The map changed its state in place{self.where()}. The solver still needs it: write `z = z + ...` "
                 "instead of `z += ...`, and use operations without a trailing underscore."
             )
         return self._checked(state, returned)
@@ -79,10 +94,36 @@ class Cell:
         given, self._given = self._given, self.start
         return given
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the state has no entries."""
+        return not torch.compiler.is_exporting() and all(leaf.numel() == 0 for leaf in self.start)
+
+    def prepare(self) -> None:
+        """Compute what all evaluations share, where none has done so."""
+        if self._scope is not None:
+            self._scope.prepare()
+
+    def solved(self) -> None:
+        """After the solver's last evaluation: the next one is that of the solution."""
+        if self._scope is not None:
+            self._scope.solved()
+
     def finish(self) -> None:
-        """After the solve: make the updates that one evaluation would have made."""
+        """After the last evaluation of the forward pass: make the updates that one evaluation would have made."""
+        self._randomness.finish()
         if self._scope is not None:
             self._scope.commit()
+
+    def _watch(self, leaves: Leaves) -> Callable[[], bool]:
+        """A function that tells whether these have not been changed in place since."""
+        if not any(leaf.is_inference() for leaf in leaves):
+            versions = [leaf._version for leaf in leaves]
+            return lambda: versions == [leaf._version for leaf in leaves]
+        if self._evaluated:  # a map that changes its state does so in its first evaluation
+            return lambda: True
+        copies = [leaf.clone() for leaf in leaves]
+        return lambda: all(map(_same, leaves, copies))
 
     def _checked(self, state: State, returned: Any) -> Leaves:
         image = self._select(state, returned)
@@ -91,12 +132,15 @@ class Cell:
             raise self._mismatch(state, image)
         if any(map(is_vmapped, leaves)):
             raise PhantomGradError(
-                f"torch.func.vmap cannot map over a solve{self._where()}: where it stops depends on the values. Add a batch "
+                f"torch.func.vmap cannot map over a solve{self.where()}: where it stops depends on the values. Add a batch "
                 "dimension to the state instead: each sample along batch_dim is solved and stopped by itself."
             )
-        if tuple(leaf.dtype for leaf in leaves) == self._dtypes:
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        if dtypes == self._dtypes:
             return leaves
-        if not torch.is_autocast_enabled(leaves[0].device.type):
+        device = leaves[0].device.type
+        autocasts = (torch.get_autocast_dtype(device), torch.float32) if torch.is_autocast_enabled(device) else ()
+        if any(dtype not in (*autocasts, own) for dtype, own in zip(dtypes, self._dtypes, strict=True)):
             raise self._mismatch(state, image)
         return tuple(leaf.to(dtype) for leaf, dtype in zip(leaves, self._dtypes, strict=True))
 
@@ -104,11 +148,16 @@ class Cell:
         if self._output is None:
             return returned
         self.returned = returned
+        if isinstance(returned, Tensor):
+            raise StateMismatchError(
+                f"The map returned a tensor{self.where()}, {describe(returned)}, which has no parts: leave out "
+                f"output={self._output!r}."
+            )
         try:
             return returned[self._output]
         except (KeyError, IndexError, TypeError):
             raise StateMismatchError(
-                f"The map returned {describe(returned)}{self._where()}, which has no part output={self._output!r}."
+                f"The map returned {describe(returned)}{self.where()}, which has no part output={self._output!r}."
             ) from None
 
     def _mismatch(self, state: State, image: Any) -> StateMismatchError:
@@ -116,7 +165,7 @@ class Cell:
         if self._output is None and isinstance(image, (tuple, dict)) and type(image) is not type(state):
             hint = " If the state is one part of what the map returns, pass output= with its position or key."
         return StateMismatchError(
-            f"The map takes the state {describe(state)} to {describe(image)}{self._where()}. "
+            f"The map takes the state {describe(state)} to {describe(image)}{self.where()}. "
             f"A fixed point needs the same structure, shapes, dtypes and device.{hint}"
         )
 
@@ -124,10 +173,16 @@ class Cell:
         """What the map returned last, with `value` in place of its state."""
         returned = self.returned
         if isinstance(returned, dict):
-            return {**returned, self._output: value}
+            replaced = copy.copy(returned)
+            replaced[self._output if self._output in returned else list(returned)[int(self._output or 0)]] = value
+            return replaced
         parts = list(returned)
         assert isinstance(self._output, int)
         parts[self._output] = value
         if isinstance(returned, list):
             return parts
         return type(returned)(*parts) if hasattr(returned, "_fields") else type(returned)(parts)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())

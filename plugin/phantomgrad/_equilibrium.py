@@ -10,7 +10,8 @@ from torch import nn
 
 from phantomgrad._attach import attach, describe_type, is_attached
 from phantomgrad._errors import AttachError
-from phantomgrad._fixed_point import OnFailure, OnStep
+from phantomgrad._fixed_point import OnStep
+from phantomgrad._report import OnFailure
 from phantomgrad.gradients import Gradient
 from phantomgrad.solvers import Solver
 
@@ -36,6 +37,9 @@ def equilibrium(
     options hold. A function is called as before and returns its equilibrium, with gradients to its inputs and
     to everything it has captured; for a method, `state=1` skips `self`.
     """
+
+    if gradient is not None and not isinstance(gradient, Gradient) and callable(gradient):
+        raise AttachError("Write @equilibrium() with parentheses: its first argument is the gradient.")
 
     def attach_one(module: nn.Module) -> None:
         attach(

@@ -10,6 +10,11 @@ PhantomGradError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phantomgrad._solution import Solution
+
 
 class PhantomGradError(Exception):
     """Base class of everything phantomgrad raises on purpose."""
@@ -26,9 +31,15 @@ class StateMismatchError(PhantomGradError, ValueError):
 class DivergedError(PhantomGradError, RuntimeError):
     """The iteration produced a state that is not finite."""
 
+    solution: Solution | None = None
+    """How far the solve came."""
+
 
 class NotConvergedError(PhantomGradError, RuntimeError):
     """The solver ran out of steps before every sample reached its tolerance."""
+
+    solution: Solution | None = None
+    """How far the solve came."""
 
 
 class NotConvergedWarning(PhantomGradError, UserWarning):

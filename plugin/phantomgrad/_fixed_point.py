@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from phantomgrad._cell import Cell
-from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning
+from phantomgrad._errors import DivergedError, NotConvergedError, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._progress import Agree
+from phantomgrad._report import OnFailure, Report
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve, Solution, Trace
-from phantomgrad._solve import Solved, solve
-from phantomgrad._state import Leaves, State, detach
+from phantomgrad._solve import solve
+from phantomgrad._state import Leaves, State, describe, detach
 from phantomgrad._transforms import in_forward_mode, outside_the_compiler, without_tangents
 from phantomgrad.gradients import Gradient, UnrolledPhantom
-from phantomgrad.gradients._base import Problem
+from phantomgrad.gradients._base import Problem, Refinement
 from phantomgrad.solvers import FixedPointIteration, Solver
 
-OnFailure = Literal["warn", "raise", "ignore"]
 OnStep = Callable[[int, State, Tensor], None]
 """Called after each check with the step, the state's image `f(z)` and the relative residual of every sample."""
 
@@ -104,61 +102,20 @@ def fixed_point(
     return replace(solution, value=cell.structure.unflatten(leaves))
 
 
-class Report:
-    """What becomes of failed solves: counted, and warned about once, raised or ignored."""
-
-    def __init__(self, on_failure: OnFailure, where: Callable[[], str] = lambda: "") -> None:
-        self.on_failure: OnFailure = on_failure
-        self.unconverged = 0
-        self.where = where
-        self._warned: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "where": None}
-
-    def warn_once(self, topic: str, message: Callable[[], str], category: type[Warning] = UserWarning) -> None:
-        """Warn, but only the first time about each topic; only then is the message made."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message(), category, stacklevel=_outside_stacklevel())
-
-    def __call__(self, solved: Solved, what: str, on_failure: OnFailure | None = None) -> None:
-        """Act on a finished solve of `what`."""
-        on_failure = on_failure or self.on_failure
-        if solved.any_diverged and on_failure != "ignore":
-            raise DivergedError(
-                f"{what[0].upper()}{what[1:]} diverged{self.where()}: {_count(solved.diverged)} not finite after "
-                f"{int(solved.steps.max())} steps. Damp the solver (FixedPointIteration(damping=0.5)), use Anderson(), "
-                "or normalise the block."
-            )
-        if solved.all_converged or torch.compiler.is_exporting():
-            return
-        self.unconverged += 1
-        if on_failure == "ignore" or (on_failure == "warn" and "unconverged" in self._warned):
-            return  # the message reads from the device and looks for the module's path
-        message = (
-            f"{what[0].upper()}{what[1:]} did not converge{self.where()}: {_count(~solved.converged)} above their tolerance "
-            f"after {int(solved.steps.max())} steps, with a relative residual of up to {float(solved.residual.max()):.1e}. "
-            'Raise max_steps, use Anderson() or damping below 1, or pass on_failure="ignore"; '
-            "phantomgrad.diagnostics.check says which."
-        )
-        if on_failure == "raise":
-            raise NotConvergedError(message)
-        self.warn_once("unconverged", lambda: message, NotConvergedWarning)
-
-
 def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Report) -> tuple[Leaves, Solution]:
     """Solve, and return the solution's leaves with their gradient, and detached how it went.
 
     `visible` are the inputs and parameters known to the caller: where none requires grad, the first evaluation finds
     out whether the map has captured something that does.
     """
-    samples = Samples(cell.start, settings.batch_dim)
+    samples = Samples(cell.start, settings.batch_dim, where=cell.where)
+    if cell.is_empty:
+        return _run_empty(cell, settings, samples)
     gradient, solver = settings.gradient, settings.running_solver
     recorded = gradient.records_solve and torch.is_grad_enabled()
     given = cell.take_given()
     start = given if recorded else cell.start
-    wants_grad = torch.is_grad_enabled() and any(map(_requires_grad, chain((start,), visible)))
+    wants_grad = torch.is_grad_enabled() and any(map(requires_grad, chain((start,), visible)))
     wants_grad = (wants_grad or in_forward_mode()) and not torch.compiler.is_exporting()
     probing = torch.is_grad_enabled() and not (wants_grad or recorded or torch.compiler.is_exporting())
     probe = _Probe(cell) if probing else None
@@ -179,8 +136,7 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
             recorded=recorded,
             stop_early=not gradient.records_solve,
         )
-    if solver.max_steps > 0:
-        report(solved, "the fixed point", settings.on_failure)
+    cell.solved()
     if probe is not None:
         wants_grad = probe.found or solver.max_steps == 0
     if torch.is_autocast_enabled(samples.device.type):
@@ -194,30 +150,76 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
         tolerance_dtype=tolerance_dtype,
         report=report,
         adjoint=AdjointSolve(),
+        refinement=Refinement(),
         agree=agree,
         compiled=cell.compiled,
     )
-    if wants_grad:
-        leaves = gradient.connect(problem)
-        if solver.max_steps == 0 and not isinstance(gradient, UnrolledPhantom):
-            leaves = _with_values(solved.image, leaves)
-    else:
-        leaves = solved.image if recorded else gradient.without_grad(problem)
-        if cell.returned is not None and not solved.last:
-            with torch.no_grad():
-                cell(solved.point)
+    try:
+        if solver.max_steps > 0:
+            report(solved, "the fixed point", solver, settings.on_failure)
+        leaves = _connected(cell, gradient, problem) if wants_grad else _constant(cell, gradient, problem, recorded)
+    except (DivergedError, NotConvergedError) as error:
+        error.solution = _solution(cell, solved.image, problem)
+        raise
     cell.finish()
     return leaves, _solution(cell, leaves, problem)
 
 
-def _solution(cell: Cell, leaves: Leaves, problem: Problem) -> Solution:
+def _connected(cell: Cell, gradient: Gradient, problem: Problem) -> Leaves:
+    """The solution with its gradient."""
+    solved, solver = problem.solved, problem.solver
+    if solver.max_steps == 0:
+        cell.prepare()  # a gradient's evaluations share what the solve would have computed
+    leaves = gradient.connect(problem)
+    if solver.max_steps == 0 and not isinstance(gradient, UnrolledPhantom):
+        leaves = _with_values(solved.image, leaves)
+    elif solved.any_diverged:  # a sample that was never finite keeps its start, as it does without grad
+        leaves = problem.samples.where(torch.isfinite(solved.residual), leaves, solved.image)
+    if cell.returns_more and not gradient.connects_last_evaluation:
+        # What the map returns beside the state depends on the solution, and so on everything through it.
+        cell(_with_values(solved.point, leaves))
+    return leaves
+
+
+def _constant(cell: Cell, gradient: Gradient, problem: Problem, recorded: bool) -> Leaves:
+    """The solution where no gradient is recorded, or where the solve's own graph is it."""
     solved = problem.solved
+    if recorded:
+        return solved.image
+    leaves = gradient.without_grad(problem)
+    if cell.returns_more and (cell.returned is None or (leaves is solved.image and not solved.last)):
+        with torch.no_grad():
+            cell(solved.point)
+    # The caller may change the result in place, but not thereby the start.
+    return tuple(map(torch.clone, leaves)) if problem.solver.max_steps == 0 else leaves
+
+
+def _run_empty(cell: Cell, settings: Settings, samples: Samples) -> tuple[Leaves, Solution]:
+    """A state without entries is its own fixed point: one evaluation, for the graph and the rest of what the map returns."""
+    if settings.process_group is not None:
+        raise StateMismatchError(
+            f"The state {describe(cell.start)} is empty{cell.where()}, and the other processes of process_group would wait for "
+            "its solve. Give every process at least one sample."
+        )
+    leaves = cell(cell.start)
+    cell.finish()
+    zeros = torch.zeros(samples.count, dtype=samples.dtype.to_real(), device=samples.device)
+    return leaves, Solution(
+        value=cell.structure.unflatten(detach(leaves)),
+        converged=torch.ones_like(zeros, dtype=torch.bool),
+        steps=torch.zeros_like(zeros, dtype=torch.int64),
+        residual=zeros,
+    )
+
+
+def _solution(cell: Cell, leaves: Leaves, problem: Problem) -> Solution:
+    solved, away = problem.solved, problem.refinement.away
     trace = solved.trace
     if trace is not None and trace.states is not None:
         trace = Trace(trace.steps, trace.residuals, [cell.structure.unflatten(state) for state in trace.states])
     return Solution(
         value=cell.structure.unflatten(detach(leaves)),
-        converged=solved.converged,
+        converged=solved.converged if away is None else solved.converged & ~away,
         steps=solved.steps,
         residual=solved.residual,
         trace=trace,
@@ -243,29 +245,18 @@ class _Probe:
         return detach(image)
 
 
-class _Values(torch.autograd.Function):
-    """The given values with the gradient of others."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Leaves, *leaves: Tensor) -> Leaves:
-        return tuple(value.clone() for value in values)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *cotangent)
-
-
 def _with_values(values: Leaves, leaves: Leaves) -> Leaves:
-    result: Leaves = _Values.apply(values, *leaves)  # pyright: ignore[reportAssignmentType]
-    return result
+    """The given values with the gradient of others."""
+    return tuple(value + (leaf - leaf.detach()) for value, leaf in zip(values, leaves, strict=True))
 
 
-def _requires_grad(value: Any) -> bool:
+def requires_grad(value: Any) -> bool:
+    """Whether an argument is, or holds, a tensor that requires grad."""
     if isinstance(value, Tensor):
         return value.requires_grad
     if isinstance(value, dict):
-        return any(_requires_grad(part) for part in value.values())
-    return isinstance(value, (tuple, list)) and any(_requires_grad(part) for part in value)
+        return any(requires_grad(part) for part in value.values())
+    return isinstance(value, (tuple, list)) and any(requires_grad(part) for part in value)
 
 
 def _tolerance_dtype(samples: Samples) -> torch.dtype:
@@ -287,20 +278,3 @@ def _agreement(process_group: Any) -> Agree | None:
         return votes.bool()
 
     return agree
-
-
-def _count(failed: Tensor) -> str:
-    """Which samples have failed; none of this process's where another of its process_group has failed."""
-    count = int(failed.sum())
-    return f"{count} of {failed.numel()} samples are" if count else "samples of another process of process_group are"
-
-
-def _outside_stacklevel() -> int:
-    """The `stacklevel` that shows a warning at the first caller outside phantomgrad and torch's module machinery."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("phantomgrad.", "torch.nn.modules.module", "torch.autograd")):
-            break
-        level, frame = level + 1, frame.f_back
-    return level

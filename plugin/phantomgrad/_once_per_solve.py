@@ -41,6 +41,16 @@ class OncePerSolve:
         ):
             yield
 
+    def prepare(self) -> None:
+        """Compute the weights that no evaluation has computed."""
+        if self._shared is not None:
+            self._shared.compute()
+
+    def solved(self) -> None:
+        """The next evaluation is that of the solution."""
+        if self._statistics is not None:
+            self._statistics.solved()
+
     def commit(self) -> None:
         """After the solve: make the one update of the running statistics."""
         if self._statistics is not None:

@@ -3,7 +3,7 @@
 Note [Randomness]
 A map that draws a fresh dropout mask at every evaluation has no fixed point. If the first evaluation of a call moves the random
 number generator, every further one of that call starts where the first did, so that all draw the same numbers; afterwards
-the generator stands where a single evaluation would have left it.
+the generator stands where a single evaluation would have left it. Evaluations made later, in backward, leave it where it is.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ class Replay:
         self._device = device
         self._first: tuple[Tensor, ...] | None = None
         self._replayed: bool | None = None
+        self._finished = False
+        self._outside: tuple[Tensor, ...] | None = None
 
     def begin(self) -> None:
         """Called before each evaluation."""
         if self._first is None:
             self._first = self._states()
         elif self._replayed:
+            self._outside = self._states() if self._finished else None
             self._restore(self._first)
 
     def end(self) -> None:
         """Called after each evaluation."""
         if self._replayed is None and self._first is not None:
             self._replayed = not all(map(torch.equal, self._first, self._states()))
+        if self._outside is not None:
+            self._restore(self._outside)
+            self._outside = None
+
+    def finish(self) -> None:
+        """Called after the last evaluation of the forward pass."""
+        self._finished = True
 
     def _states(self) -> tuple[Tensor, ...]:
         cpu = torch.get_rng_state()

@@ -7,6 +7,7 @@ is measured by itself. A map that couples them (`batch_dim=None`) is one sample:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Samples:
     Norms are taken over all leaves of a sample together and accumulate in float32 or better.
     """
 
-    def __init__(self, leaves: Leaves, batch_dim: int | None) -> None:
+    def __init__(self, leaves: Leaves, batch_dim: int | None, where: Callable[[], str] = lambda: "") -> None:
         self.device = leaves[0].device
         self.shapes = tuple(leaf.shape for leaf in leaves)
         self.dtypes = tuple(leaf.dtype for leaf in leaves)
@@ -34,11 +35,16 @@ class Samples:
         """The dtype in which small systems, norms and tolerances are computed."""
         if all(leaf.dim() == 0 for leaf in leaves):
             batch_dim = None
-        self._batch_dims = tuple(_batch_dim(leaf, batch_dim) for leaf in leaves)
+        if len({dtype.is_complex for dtype in self.dtypes}) > 1:
+            raise StateMismatchError(
+                f"The state mixes real and complex tensors{where()}: {describe(leaves)}. Let the map take torch.view_as_real of "
+                "the complex ones."
+            )
+        self._batch_dims = tuple(_batch_dim(leaf, batch_dim, where) for leaf in leaves)
         sizes = [1 if dim is None else leaf.shape[dim] for leaf, dim in zip(leaves, self._batch_dims, strict=True)]
         if any(size != sizes[0] for size in sizes[1:]):
             raise StateMismatchError(
-                f"The tensors of the state have different sizes along batch_dim={batch_dim}: {describe(leaves)}. "
+                f"The tensors of the state have different sizes along batch_dim={batch_dim}{where()}: {describe(leaves)}. "
                 "Pass the dimension along which the map treats samples independently, or batch_dim=None if it couples them."
             )
         self.count = sizes[0]
@@ -76,7 +82,7 @@ class Samples:
     def to_matrix(self, leaves: Leaves) -> Tensor:
         """All tensors side by side as one matrix of shape (count, entries per sample), in `self.dtype`."""
         rows = [
-            (leaf if dim is None else leaf.movedim(dim, 0)).reshape(self.count, -1).to(self.dtype)
+            (leaf if dim is None else leaf.movedim(dim, 0)).reshape(self.count, self._width(leaf.shape)).to(self.dtype)
             for leaf, dim in zip(leaves, self._batch_dims, strict=True)
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
@@ -86,7 +92,7 @@ class Samples:
         leaves: list[Tensor] = []
         start = 0
         for shape, dtype, dim in zip(self.shapes, self.dtypes, self._batch_dims, strict=True):
-            width = math.prod(shape) // max(self.count, 1)
+            width = self._width(shape)
             rows = matrix[:, start : start + width].to(dtype)
             start += width
             if dim is None:
@@ -96,13 +102,17 @@ class Samples:
                 leaves.append(rows.reshape(moved).movedim(0, dim))
         return tuple(leaves)
 
+    def _width(self, shape: torch.Size) -> int:
+        """How many entries of a tensor belong to each sample."""
+        return math.prod(shape) // max(self.count, 1)
 
-def _batch_dim(leaf: Tensor, batch_dim: int | None) -> int | None:
+
+def _batch_dim(leaf: Tensor, batch_dim: int | None, where: Callable[[], str]) -> int | None:
     if batch_dim is None:
         return None
     if not -leaf.dim() <= batch_dim < leaf.dim():
         raise StateMismatchError(
-            f"The state has no dimension batch_dim={batch_dim}: {describe(leaf)}. Pass the dimension along which the "
+            f"The state has no dimension batch_dim={batch_dim}{where()}: {describe(leaf)}. Pass the dimension along which the "
             "map treats samples independently, or batch_dim=None if it couples them."
         )
     return batch_dim % leaf.dim()

@@ -6,9 +6,10 @@ A state is a tensor, or a tuple, list or dict of states. Solvers and gradients w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,16 +32,16 @@ class Structure:
     children: tuple[Structure, ...] = ()
 
     @staticmethod
-    def of(state: State) -> Structure:
+    def of(state: State, where: Callable[[], str] = lambda: "") -> Structure:
         """Describe `state`; anything but tensors, tuples, lists and dicts is a `StateMismatchError`."""
         if isinstance(state, Tensor):
             return _TENSOR
-        if isinstance(state, dict):
-            return Structure(dict, tuple(state), tuple(Structure.of(part) for part in state.values()))
+        if _is_rebuildable(state):
+            return Structure(type(state), tuple(state), tuple(Structure.of(part, where) for part in state.values()))
         if isinstance(state, (tuple, list)) and len(state) > 0:
-            return Structure(type(state), tuple(range(len(state))), tuple(Structure.of(part) for part in state))
+            return Structure(type(state), tuple(range(len(state))), tuple(Structure.of(part, where) for part in state))
         raise StateMismatchError(
-            f"A state is a tensor, or a non-empty tuple, list or dict of states; got {describe(state)}."
+            f"A state is a tensor, or a non-empty tuple, list or dict of states; got {describe(state)}{where()}."
         )
 
     def flatten(self, state: State) -> Leaves | None:
@@ -54,7 +55,7 @@ class Structure:
                 return False
             leaves.append(state)
             return True
-        if self.container is dict:
+        if issubclass(self.container, dict):
             if not isinstance(state, dict) or len(state) != len(self.keys):
                 return False
             return all(
@@ -73,8 +74,9 @@ class Structure:
         if self.container is None:
             return next(leaves)
         parts = [child._rebuild(leaves) for child in self.children]
-        if self.container is dict:
-            return dict(zip(self.keys, parts, strict=True))
+        if issubclass(self.container, dict):
+            named = dict(zip(self.keys, parts, strict=True))
+            return self.container(**named) if is_dataclass(self.container) else self.container(named)
         if self.container is list:
             return parts
         if hasattr(self.container, "_fields"):  # a namedtuple takes its fields one by one
@@ -85,16 +87,22 @@ class Structure:
 _TENSOR = Structure()
 
 
+def _is_rebuildable(state: Any) -> TypeGuard[dict[Any, Any]]:
+    """Whether it is a dict of a type that can be made again from its items, such as a `ModelOutput` of transformers."""
+    return isinstance(state, dict) and (type(state) is dict or isinstance(state, OrderedDict))
+
+
 def describe(state: Any) -> str:
     """A short text for error messages: shapes and dtypes, nested like the state."""
     if isinstance(state, Tensor):
         return f"{tuple(state.shape)} {str(state.dtype).removeprefix('torch.')} on {state.device}"
+    name = "" if type(state) in (dict, list, tuple) else type(state).__name__
     if isinstance(state, dict):
-        return "{" + ", ".join(f"{key!r}: {describe(part)}" for key, part in state.items()) + "}"
+        return name + "{" + ", ".join(f"{key!r}: {describe(part)}" for key, part in state.items()) + "}"
     if isinstance(state, list):
-        return "[" + ", ".join(describe(part) for part in state) + "]"
+        return name + "[" + ", ".join(describe(part) for part in state) + "]"
     if isinstance(state, tuple):
-        return "(" + ", ".join(describe(part) for part in state) + ("," if len(state) == 1 else "") + ")"
+        return name + "(" + ", ".join(describe(part) for part in state) + ("," if len(state) == 1 else "") + ")"
     return f"a {type(state).__name__}"
 
 

@@ -489,8 +489,12 @@ def test_silent_mistakes_with_the_start_warn_once_with_the_cure() -> None:
             torch.zeros(3, dtype=torch.int64),
             r"^A fixed point needs floating-point states in Net\.cell \(Wrap\); got \(3,\) int64",
         ),
-        (lambda z: z, "state", r"^A state is a tensor, or a non-empty tuple, list or dict of states; got a str\."),
-        (lambda z: z, (), r"non-empty tuple, list or dict of states; got \(\)\."),
+        (
+            lambda z: z,
+            "state",
+            r"^A state is a tensor, or a non-empty tuple, list or dict of states; got a str in Net\.cell \(Wrap\)\.",
+        ),
+        (lambda z: z, (), r"non-empty tuple, list or dict of states; got \(\) in Net\.cell \(Wrap\)\."),
     ],
 )
 def test_mismatching_states_are_refused_with_both_shown(cell: Any, start: Any, text: str) -> None:

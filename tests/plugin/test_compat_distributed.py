@@ -144,7 +144,7 @@ def _check_failing_together(rank: int) -> None:
     attach(model.cell, process_group=dist.group.WORLD)
     x = _half(rank)
     here = "samples of another process of process_group are" if rank == 0 else "4 of 4 samples are"
-    with pytest.raises(DivergedError, match=rf"{here} not finite after 1 steps\."):
+    with pytest.raises(DivergedError, match=rf"{here} not finite after 1 step\."):
         model(x if rank == 0 else torch.full_like(x, torch.nan))
     model = _model()
     attach(model.cell, solver=FixedPointIteration(max_steps=2), process_group=dist.group.WORLD)
@@ -152,7 +152,7 @@ def _check_failing_together(rank: int) -> None:
         for parameter in model.parameters():
             if rank == 0 and parameter.dim() == 1:
                 parameter.zero_()
-    with pytest.warns(NotConvergedWarning, match=rf"{here} above their tolerance after [12] steps"):
+    with pytest.warns(NotConvergedWarning, match=rf"{here} above their tolerance after [12] steps?"):
         model(torch.zeros_like(x) if rank == 0 else x)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from phantomgrad import (
     FixedPointIteration,
     Gradient,
     KrylovPhantom,
+    NotConvergedWarning,
     OneStep,
     Shine,
     Solution,
@@ -213,7 +215,12 @@ def test_adaptive_stops_at_its_limit_and_at_one_step_is_one_step() -> None:
     block = LinearBlock.random(3, size=10, radius=0.9)
     g = torch.randn(block.start.shape, dtype=DTYPE)
     for steps in (1, 4):
-        found = _adjoint(block, AdaptivePhantom(target=1e-9, max_steps=steps), g)
+        with (
+            pytest.warns(NotConvergedWarning, match="after 4 products .* target of 1e-09")
+            if steps > 1
+            else nullcontext()
+        ):
+            found = _adjoint(block, AdaptivePhantom(target=1e-9, max_steps=steps), g)
         torch.testing.assert_close(found, _adjoint(block, KrylovPhantom(steps=steps), g), rtol=1e-12, atol=1e-12)
     assert torch.equal(_adjoint(block, AdaptivePhantom(), torch.zeros_like(g)), torch.zeros_like(g))
 

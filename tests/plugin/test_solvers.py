@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -302,7 +303,7 @@ def test_broyden_takes_a_plain_step_where_its_next_iterate_would_not_be_finite()
     memory = solver.start((start,), samples)
     for scale in (1.0, 0.9):
         memory.learn(start + scale, start + 0.5 * scale)
-    image = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    image = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.float64)
     # A correction so large that applying it overflows.
     memory._left = torch.full((2, 30, 3), 1e200, dtype=torch.float64)
     memory._right = torch.full((2, 30, 3), 1e200, dtype=torch.float64)
@@ -311,16 +312,51 @@ def test_broyden_takes_a_plain_step_where_its_next_iterate_would_not_be_finite()
     assert torch.equal(memory.apply(image), -image)
 
 
-def test_broydens_estimate_is_dropped_for_the_sample_that_went_astray_alone() -> None:
+@pytest.mark.parametrize("J", [-5.0, -10.5, -12.0, -100.0, 12.0, 20.0])
+def test_broyden_solves_an_affine_map_of_one_eigenvalue_in_three_steps(J: float) -> None:
+    solution = fixed_point(lambda z: J * z + 1, torch.zeros(2, 3, dtype=torch.float64), solver=Broyden())
+    assert solution.steps.tolist() == [3, 3]
+    torch.testing.assert_close(solution.value, torch.full((2, 3), 1 / (1 - J), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1.5, 3.0, 6.0, 12.0])
+def test_broyden_ends_on_expanding_affine_maps(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        J = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+        J = J * scale / torch.linalg.eigvals(J).abs().max()
+        x = torch.randn(1, 8, dtype=torch.float64, generator=generator)
+        solver = Broyden(max_steps=60, memory=60)  # without returns at most 2 n steps (Gay, 1979)
+        solution = fixed_point(lambda z, J=J, x=x: z @ J + x, torch.zeros_like(x), solver=solver)
+        torch.testing.assert_close(
+            solution.value,
+            torch.linalg.solve(torch.eye(8, dtype=torch.float64) - J, x, left=False),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_broyden_learns_from_a_step_that_led_astray_and_goes_on_from_the_best_point() -> None:
     memory = InverseEstimate(5)
     point, residual = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
     for scale in (1.0, 0.5, 0.25):
-        at, r = memory.returned(point + scale, scale * residual)
-        memory.learn(at, r)
+        memory.learn(point + scale, scale * residual)
     jumped = torch.tensor([[0.2], [100.0]], dtype=torch.float64) * residual
-    at, r = memory.returned(point, jumped)
+    at, r = memory.learn(point, jumped)
     assert torch.equal(r, torch.tensor([[0.2], [0.25]], dtype=torch.float64).expand(2, 3))
-    assert torch.equal(at[1], point[1] + 0.25)
-    vector = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64).expand(2, 3)
-    assert not torch.equal(memory.apply(vector)[0], -vector[0])
-    assert torch.equal(memory.apply(vector)[1], -vector[1])
+    assert torch.equal(at, torch.tensor([[0.0], [0.25]], dtype=torch.float64).expand(2, 3))
+    change, step = jumped - 0.25, point - 0.25
+    torch.testing.assert_close(memory.apply(change), step.expand(2, 3))
+
+
+@pytest.mark.parametrize(
+    "solver", [Anderson(max_steps=60), Anderson(max_steps=60, memory=2), Broyden(max_steps=60)], ids=repr
+)
+def test_a_complex_affine_map_is_solved_as_fast_as_its_size_allows(solver: Solver) -> None:
+    generator = torch.Generator().manual_seed(3)
+    W = 0.3 * torch.randn(3, 3, dtype=torch.complex128, generator=generator)
+    b = torch.randn(2, 3, dtype=torch.complex128, generator=generator)
+    solution = fixed_point(lambda z: z @ W + b, torch.zeros_like(b), solver=replace(solver, rtol=1e-10))
+    expected = torch.linalg.solve(torch.eye(3, dtype=W.dtype) - W, b, left=False)
+    torch.testing.assert_close(solution.value, expected, rtol=1e-8, atol=1e-8)
+    assert solution.steps.max() <= (30 if solver == Anderson(max_steps=60, memory=2) else 10)

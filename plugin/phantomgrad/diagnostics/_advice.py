@@ -13,6 +13,9 @@ from phantomgrad.gradients import Implicit
 GOOD_COSINE = 0.97
 """From here on a gradient is called good: between what the paper measured for one step (.96) and for five (.98 and
 above)."""
+_MOST_NORM_RATIO = 2.0
+"""A gradient longer than this times the exact one is not called good: training would take it for a larger learning rate."""
+
 _FAR_FROM_NORMAL = 1.5
 """A 2-norm above this is called far from normal where the spectral radius is below 1."""
 
@@ -113,6 +116,12 @@ def _about_gradients(report: CheckReport) -> Iterator[str]:
         )
     else:
         best = max(cheap, key=lambda trial: trial.alignment.cosine)
+        if math.isnan(best.alignment.cosine):
+            yield (
+                "Every gradient is zero: the image depends on no parameter and no input as far as autograd sees. Look for "
+                "torch.no_grad() or .detach() in the block."
+            )
+            return
         yield (
             f"No cheap gradient reaches a cosine of {GOOD_COSINE}; the best is {short(best.gradient)} with "
             f"{best.alignment.cosine:.3f}. Raise its steps, or take Implicit()."
@@ -120,7 +129,7 @@ def _about_gradients(report: CheckReport) -> Iterator[str]:
     if report.norm is not None and float(report.norm) > _FAR_FROM_NORMAL > 1 > float(report.radius):
         yield (
             f"The block is far from normal (2-norm {float(report.norm):.2g}, spectral radius "
-            f"{float(report.radius):.2g}): errors grow before they shrink. KrylovPhantom copes best with that; leave "
+            f"{float(report.radius):.2g}): errors grow before they shrink. KrylovPhantom allows for that; leave "
             "NeumannPhantom its safeguard."
         )
 
@@ -137,7 +146,7 @@ def _why_no_gradients(report: CheckReport) -> str:
 
 
 def _is_good(trial: GradientTrial) -> bool:
-    return trial.alignment.cosine >= GOOD_COSINE
+    return trial.alignment.cosine >= GOOD_COSINE and trial.alignment.norm_ratio <= _MOST_NORM_RATIO
 
 
 def _against_exact(report: CheckReport, trial: GradientTrial) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from phantomgrad._errors import NotConvergedWarning
-from phantomgrad._fixed_point import OnFailure
+from phantomgrad._report import OnFailure
 from phantomgrad._state import Leaves, State, Structure, describe
 from phantomgrad.diagnostics._exact_adjoint import adjoint_tolerance, exact_adjoint
 from phantomgrad.diagnostics._linearised import Linearisation, linearise

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantomgrad._fixed_point import OnFailure
+from phantomgrad._report import OnFailure
 from phantomgrad._samples import Samples
 from phantomgrad._state import State
 from phantomgrad.diagnostics._alignment import (

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phantomgrad._errors import PhantomGradError
-from phantomgrad._fixed_point import OnFailure
+from phantomgrad._report import OnFailure
 from phantomgrad._samples import Samples
 from phantomgrad._solution import Solution
 from phantomgrad._state import Leaves, State, detach

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantomgrad._fixed_point import OnFailure
 from phantomgrad._options import check_integer, check_number
+from phantomgrad._report import OnFailure
 from phantomgrad.diagnostics._linearised import Linearisation, linearise
 from phantomgrad.diagnostics._subject import Target, examine
 from phantomgrad.diagnostics._subspace import Leading, leading_eigenvalue

@@ -15,7 +15,8 @@ from phantomgrad._arguments import StateArgument, original_forward
 from phantomgrad._attach import describe_type
 from phantomgrad._attachment import Attachment, attachment_of
 from phantomgrad._bound import module_path
-from phantomgrad._fixed_point import OnFailure, fixed_point
+from phantomgrad._fixed_point import fixed_point
+from phantomgrad._report import OnFailure
 from phantomgrad._solution import Solution
 from phantomgrad._state import Leaves, State, Structure, describe, detach
 from phantomgrad.diagnostics._undisturbed import undisturbed

@@ -37,10 +37,21 @@ class AdaptivePhantom(Gradient):
         check_integer(self, "max_steps", minimum=1)
 
     def connect(self, problem: Problem) -> Leaves:
-        samples, statistics, agree = problem.samples, problem.adjoint, problem.agree
+        samples, statistics, agree, report = problem.samples, problem.adjoint, problem.agree, problem.report
 
         def transform(vjp: VJP, cotangent: Leaves) -> Leaves:
-            return self._adjoint(vjp, cotangent, samples, statistics, agree)
+            adjoint = self._adjoint(vjp, cotangent, samples, statistics, agree)
+            error = statistics.residual
+            if self.max_steps > 1 and error is not None and bool((error > self.target).any()):
+                report.failed(
+                    "adaptive",
+                    lambda: (
+                        f"AdaptivePhantom stopped{report.where()} after {self.max_steps} products with an estimated "
+                        f"relative error of up to {float(error.max()):.1e}, above its target of {self.target:g}. Raise "
+                        'max_steps or target, or pass on_failure="ignore".'
+                    ),
+                )
+            return adjoint
 
         return record(problem.evaluate, problem.solved.point, transform)
 

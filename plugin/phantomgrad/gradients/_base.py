@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from phantomgrad._progress import Agree
+from phantomgrad._report import Report
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve
 from phantomgrad._solve import Map, Solved
 from phantomgrad._state import Leaves
 from phantomgrad.solvers import Solver
+
+
+@dataclass
+class Refinement:
+    """How a value that was refined after the solve compares with the solution."""
+
+    away: Tensor | None = None
+    """The samples that it led away from the solution, bool of shape (samples,); None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +38,12 @@ class Problem:
     """The solver of the forward pass."""
     tolerance_dtype: torch.dtype
     """The dtype whose rounding bounds the residuals, autocast's included."""
-    report: Callable[[Solved, str], None]
+    report: Report
     """Tells the caller how a further solve went, by the caller's `on_failure`."""
     adjoint: AdjointSolve
     """Where a gradient that decides while it runs says what it took."""
+    refinement: Refinement
+    """Where a gradient that changes the solution's value says what became of it."""
     agree: Agree | None = None
     """Makes the processes of a group stop together."""
     compiled: bool = False
@@ -50,6 +61,12 @@ class Gradient(ABC):
 
     records_solve: ClassVar[bool] = False
     """Whether the solve itself is recorded, all steps of it, from a start that may require grad."""
+
+    @property
+    def connects_last_evaluation(self) -> bool:
+        """Whether the evaluation made last by `connect` has the solution's gradient in its input, so that what the map
+        returns beside the state has its whole gradient too."""
+        return self.records_solve
 
     def solver_for(self, solver: Solver) -> Solver:
         """The solver to run where `solver` was asked for; an `AttachError` where the gradient cannot work with it."""

@@ -40,8 +40,7 @@ class Implicit(Gradient):
         solver = replace(self.solver or problem.solver, trace=None)
         if solver.max_steps == 0:  # the start was taken as the solution; its adjoint still has to be solved for
             solver = replace(solver, max_steps=Solver.max_steps)
-        if self.rtol is not None:
-            solver = replace(solver, rtol=self.rtol, atol=None)
+        solver = self._with_relative_tolerance(solver)
         samples, dtype = problem.samples, problem.tolerance_dtype
         statistics, report, agree = problem.adjoint, problem.report, problem.agree
 
@@ -61,7 +60,16 @@ class Implicit(Gradient):
                 agree=agree,
             )
             statistics.record(int(solved.steps.max()) + 1, solved.residual)
-            report(solved, "the adjoint equation of Implicit")
+            report(solved, "the adjoint equation of Implicit", solver)
             return solved.point, solved.image
 
         return record_exact(problem.evaluate, problem.solved.point, solve_adjoint, twice=not problem.compiled)
+
+    def _with_relative_tolerance(self, solver: Solver) -> Solver:
+        """`solver` without an absolute tolerance, unless it was asked for: cotangents may have any scale."""
+        if self.rtol is not None:
+            return replace(solver, rtol=self.rtol, atol=0.0)
+        if self.solver is not None and solver.atol is not None:
+            return solver
+        # A forward tolerance that is absolute alone says nothing about the adjoint's.
+        return replace(solver, rtol=None if solver.rtol == 0 and solver.atol else solver.rtol, atol=0.0)

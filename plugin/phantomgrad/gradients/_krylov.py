@@ -88,7 +88,7 @@ class KrylovSpace:
         """The vector of the space with the smallest adjoint residual, and the step that its products have paid for."""
         basis, image = torch.stack(self._directions, dim=2), torch.stack(self._images, dim=2)
         target = self._target.unsqueeze(2)
-        weights, stretch = _least_squares(image, target)
+        weights, stretch = _least_squares(*_with_full_rank(basis, image, target))
         remainder = target - image @ weights
         return LeastSquares(
             improved=(basis @ weights + remainder).squeeze(2),
@@ -105,7 +105,20 @@ def _orthonormal(vector: Tensor, directions: list[Tensor]) -> Tensor:
         for _ in range(2):  # once more, since the first pass leaves rounding errors
             vector = vector - (basis @ (basis.mT.conj() @ vector.unsqueeze(2))).squeeze(2)
     length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-    return torch.where(length > 100 * torch.finfo(length.dtype).eps * before, vector / length, 0.0)
+    left = length > 100 * torch.finfo(length.dtype).eps * before
+    # Where nothing is left the quotient is kept away from zero, at which its derivatives are not finite.
+    return torch.where(left, vector / torch.where(left, length, 1.0), 0.0)
+
+
+def _with_full_rank(basis: Tensor, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The least-squares problem with an equation `x_j = 0` more for every direction that is zero.
+
+    It has the same solution; a decomposition of columns that are zero could not be differentiated.
+    """
+    if not torch.is_grad_enabled():
+        return image, target
+    missing = torch.diag_embed((basis.detach() == 0).all(dim=1).to(image.dtype))
+    return torch.cat([image, missing], dim=1), torch.cat([target, torch.zeros_like(missing[:, :, :1])], dim=1)
 
 
 def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

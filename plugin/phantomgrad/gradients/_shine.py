@@ -55,7 +55,7 @@ def apply_inverse_estimate(
     target = samples.to_matrix(cotangent)
 
     def inverse(vector: Tensor) -> Tensor:
-        return vector if memory is None else -memory.apply_transposed(vector)
+        return vector if memory is None else -memory.apply_adjoint(vector)
 
     def operator(vector: Tensor) -> Tensor:
         return vector - samples.to_matrix(vjp(samples.from_matrix(vector)))

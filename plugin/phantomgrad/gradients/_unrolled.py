@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from phantomgrad._errors import PhantomGradError
 from phantomgrad._options import check_boolean, check_integer, check_number
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves, damped, detach
-from phantomgrad._transforms import in_function_transform
+from phantomgrad._transforms import in_forward_mode, in_function_transform
 from phantomgrad.gradients._base import Gradient, Problem
+
+_TOLERATED_GROWTH = 10.0
+"""How far above its tolerance a residual may end: where the damped block is not normal it may grow before it shrinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +43,40 @@ class UnrolledPhantom(Gradient):
         check_boolean(self, "refine_in_eval")
         check_boolean(self, "recompute")
 
+    @property
+    def connects_last_evaluation(self) -> bool:
+        return self.steps > 1  # the first step's input is held constant
+
     def connect(self, problem: Problem) -> Leaves:
-        h = detach(problem.solved.image)
+        h = before = detach(problem.solved.image)
         for _ in range(self.steps):
+            before = h
             h = self._checkpointed_step(problem.evaluate, h) if self.recompute else self._step(problem.evaluate, *h)
+        if problem.solved.all_converged and not (in_function_transform() or in_forward_mode()):
+            self._check(problem, before, h)
         return h
+
+    @torch.no_grad()
+    def _check(self, problem: Problem, point: Leaves, refined: Leaves) -> None:
+        """Whether the last step, which has cost its evaluation already, is still as small as a solution's."""
+        samples, agree = problem.samples, problem.agree
+        rtol, atol = problem.solver.tolerances(problem.tolerance_dtype)
+        gap = samples.norm(tuple(map(torch.sub, refined, point))) / self.damping
+        scale = samples.norm(refined)
+        near = gap <= _TOLERATED_GROWTH * (atol + rtol * scale)
+        if bool(near.all() if agree is None else agree(near.all())):
+            return
+        problem.refinement.away = ~near
+        problem.report.failed(
+            "refinement",
+            lambda: (
+                f"The {self.steps} steps of UnrolledPhantom led away from the solution{problem.report.where()}: "
+                f"{int((~near).sum())} of {samples.count} samples end with a relative residual of up to "
+                f"{float((gap / scale).max()):.1e}, where the solve had met its tolerance. The block expands "
+                "even when damped: take KrylovPhantom() or NeumannPhantom(), which return the solution itself, or a smaller "
+                "damping."
+            ),
+        )
 
     def without_grad(self, problem: Problem) -> Leaves:
         h = problem.solved.image

@@ -75,9 +75,9 @@ class History:
         self.size = min(self.size + 1, self.capacity)
         self.residuals[:, self._newest] = residual
         self.targets[:, self._newest] = target
-        row = torch.bmm(self.residuals, residual.conj().unsqueeze(-1)).squeeze(-1).to(self.gram.dtype)
-        self.gram[:, self._newest, :] = row.conj()
-        self.gram[:, :, self._newest] = row
+        column = torch.bmm(self.residuals.conj(), residual.unsqueeze(-1)).squeeze(-1).to(self.gram.dtype)
+        self.gram[:, self._newest, :] = column.conj()
+        self.gram[:, :, self._newest] = column
 
     def weights(self, ridge: float) -> Tensor:
         """The weights, shape (samples, size), with sum 1, of the combination with the smallest residual."""

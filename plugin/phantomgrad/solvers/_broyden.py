@@ -20,7 +20,7 @@ class Broyden(Solver):
     Starts from the inverse `-I`, which makes the first step a plain iteration, and corrects it by one rank a step so that it
     maps the last change of `g` to the last change of `z` (Broyden's "good" method, 1965). Converges superlinearly near a
     solution, where `f` need not be a contraction; far from one it may wander. A sample whose residual has grown tenfold
-    returns to its best iterate and starts the estimate anew, as does one whose next iterate would not be finite.
+    learns from that step and goes on from its best iterate.
     """
 
     memory: int = 30
@@ -35,9 +35,7 @@ class Broyden(Solver):
 
     def advance(self, z: Leaves, fz: Leaves, memory: InverseEstimate, samples: Samples) -> Leaves:
         point = samples.to_matrix(z)
-        residual = samples.to_matrix(fz) - point
-        point, residual = memory.returned(point, residual)
-        memory.learn(point, residual)
+        point, residual = memory.learn(point, samples.to_matrix(fz) - point)
         following = point - memory.apply(residual)
         wild = ~torch.isfinite(following).all(dim=1, keepdim=True)
         memory.forget(wild)
@@ -45,11 +43,11 @@ class Broyden(Solver):
 
 
 _TOLERATED_GROWTH = 10.0
-"""How far a residual may grow beyond the best one of its sample before the estimate that led there is dropped."""
+"""How far a residual may grow beyond the best one of its sample before the solve goes back to that."""
 
 
 class InverseEstimate:
-    """`H = -I + sum u_i v_i^T`, the estimated inverse Jacobian of `f(z) - z`, per sample."""
+    """`H = -I + sum u_i v_i^H`, the estimated inverse Jacobian of `f(z) - z`, per sample."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -59,22 +57,26 @@ class InverseEstimate:
         self._last: tuple[Tensor, Tensor] | None = None
         self._best: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def returned(self, point: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The point and its residual, or a sample's best ones where its residual is out of proportion; those start anew."""
+    def learn(self, point: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Correct the estimate by the step from the last point to `point`, both of shape (samples, entries).
+
+        Returns the point to go on from and its residual: a sample's best ones where this residual is out of proportion.
+        """
         size = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
-        if self._best is None:
-            self._best = point, residual, size
+        if self._last is None or self._best is None:
+            self._last, self._best = (point, residual), (point, residual, size)
             return point, residual
+        self._correct(point - self._last[0], residual - self._last[1])
         best_point, best_residual, best_size = self._best
+        lost = size > _TOLERATED_GROWTH * best_size
         better = size < best_size
         self._best = (
             torch.where(better, point, best_point),
             torch.where(better, residual, best_residual),
             torch.where(better, size, best_size),
         )
-        lost = size > _TOLERATED_GROWTH * best_size
-        self.forget(lost)
-        return torch.where(lost, best_point, point), torch.where(lost, best_residual, residual)
+        self._last = torch.where(lost, best_point, point), torch.where(lost, best_residual, residual)
+        return self._last
 
     def forget(self, which: Tensor) -> None:
         """Let the samples in `which`, of shape (samples, 1), have the estimate `-I` again."""
@@ -82,21 +84,14 @@ class InverseEstimate:
             self._left = torch.where(which.unsqueeze(2), 0.0, self._left)
             self._right = torch.where(which.unsqueeze(2), 0.0, self._right)
 
-    def learn(self, point: Tensor, residual: Tensor) -> None:
-        """Correct the estimate by the step from the last point, both of shape (samples, entries)."""
-        if self._last is not None:
-            step, change = point - self._last[0], residual - self._last[1]
-            self._correct(step, change)
-        self._last = point, residual
-
     def _correct(self, step: Tensor, change: Tensor) -> None:
         if self._left is None or self._right is None:
             self._left = step.new_zeros((step.shape[0], self._capacity, step.shape[1]))
             self._right = torch.zeros_like(self._left)
         if self._size == self._capacity:
             self._size = 0
-        right = self.apply_transposed(step)
-        denominator = (right * change).sum(dim=1, keepdim=True)
+        right = self.apply_adjoint(step)
+        denominator = (right.conj() * change).sum(dim=1, keepdim=True)
         left = (step - self.apply(change)) / denominator
         # A sample that did not move, or moved along what the estimate cannot see, teaches nothing.
         usable = torch.isfinite(left).all(dim=1, keepdim=True) & (denominator != 0)
@@ -108,12 +103,12 @@ class InverseEstimate:
         """`H vector`, shape (samples, entries)."""
         return self._product(self._right, self._left, vector)
 
-    def apply_transposed(self, vector: Tensor) -> Tensor:
-        """`H^T vector`, shape (samples, entries)."""
+    def apply_adjoint(self, vector: Tensor) -> Tensor:
+        """`H^H vector`, shape (samples, entries): `H^T vector` for real states."""
         return self._product(self._left, self._right, vector)
 
     def _product(self, inner: Tensor | None, outer: Tensor | None, vector: Tensor) -> Tensor:
         if self._size == 0 or inner is None or outer is None:
             return -vector
-        weights = torch.bmm(inner[:, : self._size], vector.unsqueeze(-1))
+        weights = torch.bmm(inner[:, : self._size].conj(), vector.unsqueeze(-1))
         return torch.bmm(weights.transpose(1, 2), outer[:, : self._size]).squeeze(1) - vector

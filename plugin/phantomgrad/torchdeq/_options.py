@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from phantomgrad._fixed_point import OnFailure
 from phantomgrad._options import check_boolean, check_choice, check_integer, check_number
+from phantomgrad._report import OnFailure
 from phantomgrad.gradients import Gradient, Implicit, NeumannPhantom, UnrolledPhantom
 from phantomgrad.solvers import Anderson, Broyden, FixedPointIteration, Solver
 
