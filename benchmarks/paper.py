@@ -304,7 +304,8 @@ def main() -> None:
     if not options.report and options.data is None:
         parser.error("--data is needed for training")
     if options.one:
-        return train_one(SCALES[options.scale], *options.one, options.data, runs)
+        train_one(SCALES[options.scale], *options.one, options.data, runs)
+        return
     if not options.report:
         run_all(options.scale, options.data, runs, options.jobs)
     report(options.scale, runs, options.out, options.picture, options.repeats)

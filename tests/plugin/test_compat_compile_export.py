@@ -191,6 +191,15 @@ def test_nothing_of_the_compiler_is_imported_without_it() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_an_attached_module_is_exported_by_itself() -> None:
+    solver = FixedPointIteration(max_steps=6, rtol=0.0, atol=0.0)
+    model, _ = attached(NeumannPhantom(), eval_solver=solver, on_failure="ignore")
+    start, x = torch.zeros(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(model.cell, (start, x), strict=False).module()
+        torch.testing.assert_close(program(start, x), model.cell(start, x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("solver", [FixedPointIteration(max_steps=12), Anderson(max_steps=10, memory=3)], ids=repr)
 def test_an_exported_model_takes_every_step_and_returns_what_the_model_does(solver: Any) -> None:
     model = Model().eval()

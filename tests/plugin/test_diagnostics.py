@@ -201,6 +201,28 @@ def test_a_cell_that_does_not_settle_is_never_measured_silently(measure: Callabl
             measure(cell, start, x, on_failure="raise")
 
 
+def test_alignment_counts_imaginary_parts_of_complex_parameters() -> None:
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.5 + 0.4j, -0.3 + 0.6j], dtype=torch.complex128))
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.view_as_complex(z) * self.weight) + x
+
+    cell, start, x = Filter(), torch.zeros(1, 2, 2, dtype=DTYPE), torch.randn(1, 2, 2, dtype=DTYPE)
+    g = torch.randn(1, 2, 2, dtype=DTYPE)
+    found = gradient_alignment(cell, start, x, gradient=OneStep(), cotangent=g, solver=EXACT)
+    (parameter,) = cell.parameters()
+    grads = []
+    for gradient in (OneStep(), Implicit(rtol=1e-14)):
+        with attach(cell, gradient, solver=EXACT):
+            grads.append(torch.view_as_real(torch.autograd.grad(cell(start, x), parameter, g)[0]).flatten())
+    expected = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
+    assert float(found.by_name["weight"].cosine) == pytest.approx(expected, rel=1e-9)
+    assert expected < 0.999
+
+
 def test_an_unfinished_search_says_so() -> None:
     J = torch.linalg.qr(_normal(80, 80))[0]  # all eigenvalues on the unit circle: nothing stands out
     found = spectral_radius(_linear(J), torch.zeros(1, 80, dtype=DTYPE), max_products=5, solver=AT_START)

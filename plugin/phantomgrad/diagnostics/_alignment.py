@@ -148,7 +148,7 @@ class ExactGradient:
             if value is None and truth is None:
                 continue
             a, b = (torch.zeros_like(variable) if part is None else part for part in (value, truth))
-            a, b = a.flatten().to(_exact_dtype(a)), b.flatten().to(_exact_dtype(b))
+            a, b = _real_vector(a), _real_vector(b)
             products[name] = torch.stack((a @ b, a @ a, b @ b))
         rows: list[list[float]] = torch.stack(list(products.values())).tolist() if products else []
         return GradientAlignment(
@@ -159,8 +159,10 @@ class ExactGradient:
         )
 
 
-def _exact_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _real_vector(tensor: Tensor) -> Tensor:
+    """All entries as one vector, real and imaginary parts side by side, as precise as the device allows."""
+    vector = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
+    return vector.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def _alignment(products: list[float]) -> Alignment:

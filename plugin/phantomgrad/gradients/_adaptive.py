@@ -24,7 +24,8 @@ class AdaptivePhantom(Gradient):
     The error of the adjoint is `(I - J)^-T r` with `r = g - (I - J)^T v`, so `||r|| / s` estimates it, where `s` is the least
     factor by which `I - J^T` stretches a vector of the Krylov space: both come with GMRES (Saad and Schultz, 1986)
     for free. All samples get as many products as the slowest needs; each product waits for the device once.
-    `attachment.solution.adjoint` says how many products the last backward took and where the estimate ended.
+    `attachment.solution.adjoint` says how many products the last backward took and where the estimate ended; one above
+    `target` is reported like a solve that did not converge.
     """
 
     target: float = 0.1

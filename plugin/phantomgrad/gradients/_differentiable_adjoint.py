@@ -76,7 +76,8 @@ class _Exact:
         if reaches_a_leaf(image, (*point, *mode.aliases)):
             raise PhantomGradError(
                 "The map uses a tensor that requires grad in a way that its second derivative cannot follow, such as a "
-                "custom autograd Function applied to a captured tensor. Pass it as an input, or use create_graph=False."
+                "custom autograd Function applied to a captured tensor, or an attached module inside the cell. Pass the tensor "
+                "as an input, take Backprop(), or use create_graph=False."
             )
         return _vjp(image, mode.aliases, v)
 

@@ -25,7 +25,8 @@ class UnrolledPhantom(Gradient):
     From the detached solution `h_0` it records `h_{t+1} = (1 - damping) h_t + damping F(h_t, z)` and returns `h_k`, which
     is also a refined solution (Geng et al., "On Training Implicit Models", 2021, Algorithm 1). Memory grows with `steps`.
     On a linear block at its solution the gradient is the exact one times `I - B^k`, `B = damping J + (1 - damping) I`.
-    Higher derivatives are those of the unrolled steps, with the solution held constant.
+    Higher derivatives are those of the unrolled steps, with the solution held constant. Steps that lead away from a converged
+    solution, as they may where the damped block expands, are reported like a solve that did not converge.
     """
 
     steps: int = 5
