@@ -18,7 +18,7 @@ from phantomgrad_hub.download import locate
 
 from . import markup, photos
 from .card import CARD_FILE, model_line, read_facts
-from .guard import GuardedImage
+from .guard import GuardedImage, GuardedSlider, refusal
 from .handlers import Handlers
 from .ports import claim_port
 
@@ -46,6 +46,16 @@ class Page(gr.Blocks):
     def launch(self, *args: Any, **options: Any) -> Any:
         """`gr.Blocks.launch`, with `LAUNCH_OPTIONS` where nothing else is asked for."""
         return super().launch(*args, **{**LAUNCH_OPTIONS, "theme": _theme(), **options})
+
+    async def preprocess_data(self, *args: Any, **options: Any) -> Any:
+        """Gradio's own, with a sentence for the sender of a malformed request in the place of a traceback here."""
+        try:
+            return await super().preprocess_data(*args, **options)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            raise refusal("the request does not have the form that the API's page describes") from error
 
 
 def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
@@ -81,7 +91,7 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
                 credit = _html(first_credit, elem_id="pg-credit")
             with gr.Column(scale=3, min_width=320):
                 answer = _html(first_answer, html_template=markup.LIVE_REGION, elem_id="pg-answer")
-                steps = gr.Slider(
+                steps = GuardedSlider(
                     1,
                     handlers.most_steps,
                     value=handlers.most_steps,
@@ -98,10 +108,11 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
         # By default Gradio drops an event while the previous one runs; here the last one counts.
         private: dict[str, Any] = {**shared, "api_visibility": "private", "trigger_mode": "always_last"}
         shown = [answer, figures]
-        uploaded = photo.input(handlers.show_upload, [photo, steps], [*shown, credit], **private)
+        uploaded = photo.input(handlers.show_upload, [photo, steps], [photo, *shown, credit, steps], **private)
         uploaded.failure(handlers.show_nothing, None, [*shown, credit], **private)
-        steps.change(handlers.show, [photo, steps], shown, **private)
-        picker.click(handlers.show_example, [steps], [photo, *shown, credit], **private)
+        photo.clear(handlers.show_nothing, None, [*shown, credit], **private)
+        steps.change(handlers.show_steps, [photo, steps], [*shown, steps], **private)
+        picker.click(handlers.show_example, [steps], [photo, *shown, credit, steps], **private)
         # No trigger: the endpoint is for programs, which see its parameter's name and its result.
         gr.on(
             [],

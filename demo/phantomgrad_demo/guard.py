@@ -1,9 +1,11 @@
-"""What a visitor may send: an uploaded photo in a known format and of bounded size, read safely or refused in words."""
+"""What a visitor may send: an uploaded photo, read safely or refused in words, and a number of solver steps."""
 
 from __future__ import annotations
 
 import html
+import math
 from abc import ABCMeta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from phantomgrad_hub.errors import ImageError
 from phantomgrad_hub.photos import read_photo
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """What stands for an upload that is no photo: a sentence that says why, which names no path of the server."""
+
+    reason: str
+
+
 class _WithoutStub(type(gr.Image)):
     """A component class whose definition writes no `.pyi` file beside its module, as Gradio's own metaclass does."""
 
@@ -23,30 +32,31 @@ class _WithoutStub(type(gr.Image)):
 
 
 class GuardedImage(gr.Image, metaclass=_WithoutStub):
-    """An image input that gives its event an upright 8-bit RGB image, or None where there is none.
+    """An image input that gives its event an upright 8-bit RGB image, None where there is none, or a `Refused`.
 
-    Everything else ends in a message on the page that names no path of the server: see `read_photo` for what is
-    accepted. Only uploaded files are read; addresses are refused, because fetching them would be a request to
-    another machine.
+    See `read_photo` for what is accepted. Only uploaded files are read; addresses are refused, because fetching them
+    would be a request to another machine.
     """
 
     def get_block_name(self) -> str:
         """The front end's component."""
         return "image"
 
-    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
-        """The uploaded photo; raises `gr.Error` with a sentence for the visitor."""
+    # The event, not Gradio, says what becomes of an upload that is no photo.
+    def preprocess(self, payload: ImageData | None) -> Image.Image | Refused | None:  # type: ignore[override]
+        """The uploaded photo, or why it is none."""
         if payload is None:
             return None
-        if not payload.path:
-            raise refusal("the image must be an uploaded file")
+        # Gradio itself looks only at paths that come with its mark, and does not insist on the mark.
+        if not payload.path or not Path(payload.path).resolve().is_relative_to(Path(self.GRADIO_CACHE).resolve()):
+            return Refused(reason=_sentence("the image must be an uploaded file"))
         try:
             with Path(payload.path).open("rb") as file:
                 return read_photo(file)
         except ImageError as error:
-            raise refusal(str(error)) from error
-        except OSError as error:
-            raise refusal("the uploaded image is gone; send it again") from error
+            return Refused(reason=_sentence(str(error)))
+        except OSError:
+            return Refused(reason=_sentence("the uploaded image is gone; send it again"))
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         """Gradio's copying of a file to its cache, without its download of addresses."""
@@ -55,8 +65,28 @@ class GuardedImage(gr.Image, metaclass=_WithoutStub):
         return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
-def refusal(sentence: str) -> gr.Error:
+class GuardedSlider(gr.Slider, metaclass=_WithoutStub):
+    """A slider that gives its event whatever number its field holds, or None where it holds none.
+
+    Gradio's own raises where a visitor has typed a number beyond its ends, or is about to type one.
+    """
+
+    def get_block_name(self) -> str:
+        """The front end's component."""
+        return "slider"
+
+    def preprocess(self, payload: Any) -> float | None:  # type: ignore[override]
+        """The number in the field."""
+        if isinstance(payload, bool) or not isinstance(payload, int | float) or not math.isfinite(payload):
+            return None
+        return payload
+
+
+def refusal(reason: str) -> gr.Error:
     """The message on the page that says why something was not done; the server's log stays clean."""
     # Gradio shows it as HTML, and some of Pillow's messages quote the file's bytes.
-    text = html.escape(sentence[:1].upper() + sentence[1:].rstrip(".") + ".")
-    return gr.Error(text, print_exception=False)
+    return gr.Error(html.escape(_sentence(reason)), print_exception=False)
+
+
+def _sentence(reason: str) -> str:
+    return reason[:1].upper() + reason[1:].rstrip(".") + "."

@@ -51,6 +51,11 @@ def example_buttons(examples: Sequence[ExamplePhoto]) -> str:
     return f'<div class="pg-examples" role="group" aria-label="Example photos">{buttons}</div>' if examples else ""
 
 
+def not_a_photo(reason: str) -> str:
+    """Why what was sent could not be used, in the place of an answer."""
+    return f'<p class="pg-sentence">{escape(reason)} Choose another photo.</p>'
+
+
 def credit(example: ExamplePhoto) -> str:
     """Title, author, licence and source of an example photo."""
     licence = escape(example.licence)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ def save_checkpoint(model: MDEQ, folder: str | os.PathLike[str], *, dtype: torch
     """Write `model` to `folder`, its floating-point weights as `dtype`.
 
     A new folder appears complete or not at all; in an existing one each file is replaced atomically, the weights
-    last, and other files stay.
+    last, and other files stay. Raises `CheckpointError` where it cannot be written.
     """
     if dtype not in _STORED_DTYPES.values():
         raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
@@ -60,6 +61,15 @@ def save_checkpoint(model: MDEQ, folder: str | os.PathLike[str], *, dtype: torch
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; a checkpoint is a folder")
     weights = _stored_weights(model, dtype)
+    safetensors = require("safetensors")
+    try:
+        _write(model, weights, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"the checkpoint {target} cannot be written: {reason}") from error
+
+
+def _write(model: MDEQ, weights: dict[str, Tensor], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         written = Path(scratch) / "checkpoint"
@@ -68,6 +78,8 @@ def save_checkpoint(model: MDEQ, folder: str | os.PathLike[str], *, dtype: torch
         _write_json(written / LABELS_FILE, [label.to_dict() for label in model.classes])
         _write_json(written / PREPROCESSOR_FILE, model.preprocessing.to_dict())
         require("safetensors.torch").save_file(weights, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors makes its file readable by the owner alone; the others have the mode that the umask says.
+        shutil.copymode(written / CONFIG_FILE, written / WEIGHTS_FILE)
         for file in FILES:
             _flush(written / file)
         if not target.exists():
@@ -81,6 +93,9 @@ def read_description(folder: Path) -> Description:
     """Config, labels and preprocessing of the checkpoint in `folder`, checked against each other."""
     for file in FILES:
         if not (folder / file).is_file():
+            for inside in ("best", "last"):
+                if (folder / inside / file).is_file():
+                    raise CheckpointNotFoundError(f"{folder} is a run folder; use {folder / inside}")
             raise CheckpointNotFoundError(f"{folder} has no {file}{_hint(folder)}")
     try:
         config = MDEQConfig.from_dict(_read_json(folder / CONFIG_FILE))

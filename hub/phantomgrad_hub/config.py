@@ -110,6 +110,11 @@ class MDEQConfig:
         check_options(self.solver, SOLVERS, "solver")
         if self.eval_solver is not None:
             check_options(self.eval_solver, SOLVERS, "eval_solver")
+        for name in ("solver", "eval_solver"):
+            solver = getattr(self, name)
+            if solver is not None and solver.max_steps < 1:
+                # The state starts at zero, whatever the image: without a step there is nothing to classify.
+                raise ConfigError(f"{name}: max_steps must be at least 1, got {solver.max_steps}")
         self._check_groups()
         self._check_head()
         self._check_size()

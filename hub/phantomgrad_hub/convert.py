@@ -103,6 +103,8 @@ def _read(name: str) -> Mapping[Any, Any]:
         content = torch.load(name, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"there is no file {name}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{name} is a folder; give the file that torch.save wrote") from error
     except Exception as error:  # a damaged pickle raises whatever the damage leads to
         raise CheckpointError(f"{name} is damaged, or holds more than tensors, which is never loaded") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):

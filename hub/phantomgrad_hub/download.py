@@ -19,6 +19,8 @@ def locate(path_or_repo: str | os.PathLike[str], revision: str | None, files: tu
     `path_or_repo` is a folder, `embedded`, or a repository such as `name/model`; an existing folder comes first.
     `revision` is a branch, tag or commit of a repository.
     """
+    if not isinstance(path_or_repo, str | os.PathLike):
+        raise TypeError(f"a checkpoint is named by a str or a path, not {type(path_or_repo).__name__}")
     name = os.fspath(path_or_repo)
     folder = Path(__file__).parent / EMBEDDED if name == EMBEDDED else Path(os.path.expanduser(name))
     if name == EMBEDDED or folder.exists():

@@ -4,7 +4,7 @@ PhantomGradError
 ├── ConfigError(ValueError)                    a model config with an unknown key or a value out of range
 ├── LabelError(ValueError)                     class names that are empty, repeated or too few
 ├── ImageError(ValueError)                     a photo that cannot be read
-├── CheckpointError(ValueError)                a checkpoint that is incomplete, damaged or of another model
+├── CheckpointError(ValueError)                a checkpoint that is incomplete, damaged, of another model or not writable
 │   └── CheckpointNotFoundError(FileNotFoundError)
 ├── HubError(OSError)                          the Hugging Face Hub could not be reached or refused
 └── MissingExtraError(ImportError)             an optional package is not installed
@@ -28,7 +28,7 @@ class ImageError(PhantomGradError, ValueError):
 
 
 class CheckpointError(PhantomGradError, ValueError):
-    """A checkpoint is incomplete, damaged, or of another model."""
+    """A checkpoint is incomplete, damaged, of another model, or cannot be written."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,9 @@ class Evaluation:
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
         """The evaluation that `to_dict` wrote."""
         by_steps = {int(steps): accuracy for steps, accuracy in values["accuracy_by_steps"].items()}
-        plain: dict[str, Any] = {**values, "accuracy_by_steps": by_steps}
+        # JSON has null for a residual that is not finite.
+        plain: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        plain["accuracy_by_steps"] = by_steps
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def evaluate(
     """Classify every image of `images`, whose class indices mean `labels`, with the model's own preprocessing.
 
     Runs in float32 with the model's evaluation solver. `steps` asks for the accuracy after each of these numbers of
-    solver steps too. Classes are matched by identifier or name; raises `DataError` for one that the model lacks.
+    solver steps too, and changes nothing else. Classes are matched by identifier or name; raises `DataError` for one
+    that the model lacks.
     """
     return summarise(evaluate_images(model, images, labels, steps=steps, batch_size=batch_size, progress=progress))
 
@@ -106,7 +110,7 @@ def evaluate_images(
     device = next(model.parameters()).device
     batches: list[dict[str, Tensor]] = []
     done = 0
-    with _evaluating(model, steps):
+    with _evaluating(model):
         for batch in _preprocessed(model, images, batch_size):
             target = targets[done : done + len(batch)].to(device)
             batches.append(_classified(model, batch.to(device), target, steps))
@@ -171,17 +175,13 @@ def best_states(solution: Solution, steps: Sequence[int]) -> Iterator[tuple[int,
 
 
 @contextmanager
-def _evaluating(model: MDEQ, steps: Sequence[int]) -> Generator[None, None, None]:
-    """Evaluation mode without gradients, states traced where accuracies by steps are wanted."""
+def _evaluating(model: MDEQ) -> Generator[None, None, None]:
+    """Evaluation mode without gradients."""
     was_training = model.training
-    [attachment] = attachments(model.block)
-    solver = attachment.eval_solver or attachment.solver
-    if steps:
-        solver = replace(solver, trace="state", check_every=1, max_steps=max(solver.max_steps, *steps))
     model.eval()
     try:
         # That a solve may end early is what is measured here.
-        with torch.inference_mode(), warnings.catch_warnings(), attachment.using(solver=solver):
+        with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
             yield
     finally:
@@ -189,8 +189,17 @@ def _evaluating(model: MDEQ, steps: Sequence[int]) -> Generator[None, None, None
 
 
 def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[int]) -> dict[str, Tensor]:
-    logits = model(images)
     [attachment] = attachments(model.block)
+    own_solver = attachment.eval_solver or attachment.solver
+    traced = own_solver
+    if steps:
+        most = max(own_solver.max_steps, *steps)
+        traced = replace(own_solver, trace="state", check_every=1, max_steps=most)
+    # One solve serves both where tracing it does not change it.
+    shared = replace(traced, trace=own_solver.trace) == own_solver
+    injection = model.inject(images)
+    with attachment.using(solver=traced if shared else own_solver):
+        logits = model.head(model.equilibrium(injection))
     solution = attachment.solution
     assert solution is not None
     own = logits.gather(1, targets[:, None])
@@ -200,6 +209,11 @@ def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[in
         "residual": solution.residual,
         "converged": solution.converged,
     }
+    if not shared:
+        with attachment.using(solver=traced):
+            model.equilibrium(injection)
+        solution = attachment.solution
+        assert solution is not None
     for count, state in best_states(solution, steps) if steps else ():
         record[f"right_after_{count}"] = model.head(state).argmax(1) == targets
     return {name: values.cpu() for name, values in record.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -44,12 +45,19 @@ def read_photo(source: ImageSource) -> Image.Image:
         return _decode(_open(source, "the image"), "the image")
     name = os.fspath(source)
     try:
+        mode = os.stat(name).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a folder, not a photo")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for someone to write to it
+            raise ImageError(f"{name} is not a regular file")
         # Opened here rather than by Pillow, which leaves a damaged file open.
         file = open(name, "rb")  # noqa: SIM115
+    except ImageError:
+        raise
     except FileNotFoundError as error:
+        if "://" in name:
+            raise ImageError(f"{name} is a URL; URLs are not fetched: download the photo first") from error
         raise ImageError(f"there is no file {name}") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"{name} is a folder, not a photo") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} cannot be read: {_first_line(error)}") from error
     with file:

@@ -49,16 +49,22 @@ class Prediction:
 
 
 def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The given files, and every photo in the given folders and below, in the order of their names."""
+    """The given files, and every photo in the given folders and below, in the order of their names.
+
+    Hidden files and folders inside a given folder are left out.
+    """
     photos: list[str] = []
-    for path in map(Path, paths):
+    for given in paths:
+        path = Path(given)
         if not path.is_dir():
-            photos.append(str(path))
+            photos.append(os.fspath(given))
             continue
         found = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+            if file.suffix.lower() in SUFFIXES
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.is_file()
         )
         if not found:
             raise ImageError(f"there is no photo in {path} (looked for {', '.join(SUFFIXES)})")

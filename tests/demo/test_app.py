@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,33 @@ def test_no_photo_is_refused_in_words(client: Client) -> None:
         client.predict(photo=None, api_name="/classify")
 
 
-@pytest.mark.parametrize("path", ["http://127.0.0.1:9/photo.png", "/etc/passwd"])
-def test_only_uploaded_files_are_read(page: str, path: str) -> None:
-    payload = {"path": path, "meta": {"_type": "gradio.FileData"}}
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        ["photo.png"],
+        [5],
+        [[1, 2]],
+        [{}],
+        [{"path": 5, "meta": {"_type": "gradio.FileData"}}],
+        [{"path": None, "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "photo.png"}],
+        [{"url": "data:image/png;base64,iVBORw0KGgo=", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "/nowhere/" + 300 * "x", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "a\0b", "meta": {"_type": "gradio.FileData"}}],
+    ],
+)
+def test_a_malformed_request_is_refused_in_words(page: str, data: list[object]) -> None:
+    started = httpx.post(f"{page}gradio_api/call/classify", json={"data": data})
+    told = httpx.get(f"{page}gradio_api/call/classify/{started.json()['event_id']}").text
+    assert told.startswith("event: error")
+    assert re.search("does not have the form that|must be an uploaded file|Send a photo", told)
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/photo.png", "/etc/passwd", str(available()[0].find())])
+@pytest.mark.parametrize("extra", [{"meta": {"_type": "gradio.FileData"}}, {}], ids=["marked", "unmarked"])
+def test_only_uploaded_files_are_read(page: str, path: str, extra: dict[str, object]) -> None:
+    payload = {"path": path, **extra}
     started = httpx.post(f"{page}gradio_api/call/classify", json={"data": [payload]})
     told = httpx.get(f"{page}gradio_api/call/classify/{started.json()['event_id']}").text
     assert told.startswith("event: error")

@@ -73,6 +73,7 @@ def test_the_answer_is_above_the_fold(visit: Page) -> None:
         assert box is not None
         assert box["y"] + box["height"] <= height, (width, box)
         assert visit.evaluate("document.documentElement.scrollWidth") <= width
+        assert "·" not in visit.locator("footer").inner_text()
     visit.set_viewport_size({"width": 1280, "height": 900})
 
 
@@ -95,6 +96,16 @@ def test_fewer_steps_stop_the_solver_earlier(visit: Page) -> None:
     slider.focus()
     slider.press("ArrowRight")
     expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("After 3 steps", timeout=SLOW_MACHINE)
+    for typed, taken in (("0", "1"), ("2.6", "3"), ("-1e9", "1")):
+        field.fill(typed)
+        steps = "After 1 step:" if taken == "1" else f"After {taken} steps:"
+        expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text(steps, timeout=SLOW_MACHINE)
+        expect(field).to_have_value(taken)
+        assert slider.input_value() == taken
+    field.fill("")
+    field.fill("99")
+    expect(field).to_have_value(slider.get_attribute("max") or "", timeout=SLOW_MACHINE)
+    expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("(settled)", timeout=SLOW_MACHINE)
 
 
 def test_classes_can_be_searched(visit: Page) -> None:
@@ -109,10 +120,21 @@ def test_a_text_file_named_jpg_gets_a_message(visit: Page, tmp_path: Path) -> No
     path = tmp_path / "holiday.jpg"
     path.write_text("just some text")
     _upload(visit, path)
-    message = visit.get_by_text("not a photo in a known format")
-    message.wait_for()
+    expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("not a photo in a known", timeout=SLOW_MACHINE)
     assert str(tmp_path) not in visit.content()
-    expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("Choose, drop or paste a photo")
+    assert visit.locator("#pg-photo img").count() == 0
+    field = visit.locator("#pg-steps input[type=number]")
+    field.fill("5")
+    visit.wait_for_timeout(1000)
+    assert "not a photo in a known format" in told(visit)
+
+
+def test_without_a_photo_there_is_no_answer(visit: Page) -> None:
+    visit.get_by_role("button", name="Chelsea the cat").click()
+    expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("After", timeout=SLOW_MACHINE)
+    visit.locator("#pg-photo").get_by_role("button", name="Remove Image").click()
+    expect(visit.locator("#pg-answer .pg-sentence")).to_contain_text("Choose, drop", timeout=SLOW_MACHINE)
+    expect(visit.locator("#pg-figures svg")).to_have_count(0)
 
 
 def test_an_uploaded_photo_is_answered(visit: Page, tmp_path: Path) -> None:

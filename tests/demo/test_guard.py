@@ -17,7 +17,15 @@ gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 
 from gradio.data_classes import ImageData  # noqa: E402
 
-from phantomgrad_demo.guard import GuardedImage, refusal  # noqa: E402
+from phantomgrad_demo.guard import GuardedImage, GuardedSlider, Refused, refusal  # noqa: E402
+from phantomgrad_demo.markup import not_a_photo  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in the test's folder count as uploaded."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -27,9 +35,16 @@ def sent(content: bytes, tmp_path: Path, name: str = "photo.png") -> Image.Image
     path = tmp_path / name
     path.write_bytes(content)
     photo = GuardedImage(type="pil").preprocess(ImageData(path=str(path), orig_name=name))
-    assert photo is not None
+    assert isinstance(photo, Image.Image)
     assert photo.mode == "RGB"
     return photo
+
+
+def refused(payload: ImageData) -> str:
+    """The reason that the event gets."""
+    found = GuardedImage(type="pil").preprocess(payload)
+    assert isinstance(found, Refused)
+    return found.reason
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -118,18 +133,17 @@ def test_one_pixel(tmp_path: Path) -> None:
 def test_everything_else_is_refused_in_words(
     content: Callable[[], bytes], name: str, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(gr.Error) as caught:
-        sent(content(), tmp_path, name)
-    assert message in caught.value.message
-    assert str(tmp_path) not in caught.value.message
-    assert name not in caught.value.message
-    assert "\n" not in caught.value.message
-    assert caught.value.print_exception is False
+    (tmp_path / name).write_bytes(content())
+    reason = refused(ImageData(path=str(tmp_path / name), orig_name=name))
+    assert message in reason
+    assert reason.startswith("The image")
+    assert str(tmp_path) not in reason
+    assert name not in reason
+    assert "\n" not in reason
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(gr.Error, match="send it again"):
-        GuardedImage(type="pil").preprocess(ImageData(path=str(tmp_path / "gone.png")))
+    assert "send it again" in refused(ImageData(path=str(tmp_path / "gone.png")))
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.png", "https://example.org/x.png", "file:///etc/passwd"])
@@ -140,13 +154,29 @@ def test_addresses_are_never_fetched(address: str) -> None:
 
 
 def test_a_data_address_is_not_read() -> None:
-    payload = ImageData(url="data:image/png;base64,iVBORw0KGgo=")
-    with pytest.raises(gr.Error, match="must be an uploaded file"):
-        GuardedImage(type="pil").preprocess(payload)
+    assert "must be an uploaded file" in refused(ImageData(url="data:image/png;base64,iVBORw0KGgo="))
+
+
+def test_a_file_of_the_server_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "private.png")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    for path in (str(tmp_path / "private.png"), str(tmp_path / "uploads" / ".." / "private.png")):
+        assert refused(ImageData(path=path)) == "The image must be an uploaded file."
 
 
 def test_messages_cannot_bring_markup() -> None:
-    assert refusal("broken chunk <img src=x>.").message == "Broken chunk &lt;img src=x&gt;."
+    refused = refusal("broken chunk <img src=x>.")
+    assert refused.message == "Broken chunk &lt;img src=x&gt;."
+    assert refused.print_exception is False
+    assert "<img" not in not_a_photo("Broken chunk <img src=x>.")
+
+
+@pytest.mark.parametrize(
+    ("payload", "number"),
+    [(3, 3), (99, 99), (-5, -5), (2.5, 2.5), (None, None), ("", None), ("7", None), (True, None), (float("nan"), None)],
+)
+def test_the_slider_gives_the_number_in_its_field(payload: Any, number: float | None) -> None:
+    assert GuardedSlider(1, 24, step=1).preprocess(payload) == number
 
 
 def test_defining_the_component_left_no_stub_beside_its_module() -> None:

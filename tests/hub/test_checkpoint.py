@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from phantomgrad_hub import MDEQ, CheckpointError, CheckpointNotFoundError, HubE
 from phantomgrad_hub.checkpoint import FILES, WEIGHTS_FILE
 
 safetensors = pytest.importorskip("safetensors.torch")
+
+from safetensors import SafetensorError  # noqa: E402
 
 LABELS = [{"id": f"n0000000{index}", "name": name} for index, name in enumerate(["ant", "bee", "cat", "dog", "eel"])]
 CLASSIFIER = ("head.classifier.weight", "head.classifier.bias")
@@ -87,14 +90,46 @@ def test_saving_replaces_files_and_keeps_others(model: MDEQ, folder: Path) -> No
     assert_same_weights(MDEQ.from_pretrained(folder), other)
 
 
-def test_nothing_is_left_of_a_write_that_fails(model: MDEQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_says(model: MDEQ, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "checkpoint")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "checkpoint").iterdir()}
+    assert modes == dict.fromkeys(FILES, mode)
+    assert (tmp_path / "checkpoint").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_nothing_is_left_of_a_write_that_fails(
+    kind: type[Exception], model: MDEQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("no space left on device")
+        raise kind("no space left on device")
 
     monkeypatch.setattr(safetensors, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="checkpoint cannot be written: no space left"):
         model.save_pretrained(tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["/proc/nowhere", "/proc/nowhere/below", "/proc"])
+def test_a_folder_that_cannot_be_written_is_named(model: MDEQ, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^the checkpoint {name} cannot be written: ") as caught:
+        model.save_pretrained(name)
+    assert "Errno" not in str(caught.value)
+
+
+@pytest.mark.parametrize("inside", ["best", "last"])
+def test_a_run_folder_says_which_folder_to_use(model: MDEQ, tmp_path: Path, inside: str) -> None:
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    model.save_pretrained(tmp_path / "run" / inside)
+    with pytest.raises(CheckpointNotFoundError, match=rf"run is a run folder; use \S+/run/{inside}$"):
+        MDEQ.from_pretrained(tmp_path / "run")
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
@@ -223,6 +258,12 @@ def test_pickles_are_never_loaded(folder: Path) -> None:
 def test_no_such_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFoundError):
+        MDEQ.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder"])
+def test_what_is_no_path_is_a_type_error(name: Any) -> None:
+    with pytest.raises(TypeError, match=f"a checkpoint is named by a str or a path, not {type(name).__name__}"):
         MDEQ.from_pretrained(name)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ from small import pooled_config
 
 import phantomgrad_hub.cli.predict as predict_command
 from phantomgrad_hub import MDEQ
+from phantomgrad_hub.cli.common import print_json
 from phantomgrad_hub.cli.main import COMMANDS, build_parser, main
+from phantomgrad_hub.data import TrainingImages
 
 RECIPE = [
     "--device=cpu",
@@ -104,7 +108,10 @@ def test_every_help_has_an_example_that_parses(command: str, capsys: pytest.Capt
         (["predict", "x.jpg", "--batch-size", "many"], "'many' is not an integer of at least 1"),
         (["predict", "x.jpg", "--device", "tpu9000"], "is no device"),
         (["predict", "x.jpg", "--device", "cuda:99"], "CUDA devices"),
-        (["predict", "x.jpg", "--fast"], "unrecognized arguments: --fast"),
+        (["predict", "x.jpg", "--fast"], "unrecognized arguments: --fast (see phantomgrad predict --help)"),
+        (["--fast"], "unrecognized arguments: --fast (see phantomgrad --help)"),
+        (["predict", ""], "a PHOTO is an empty text"),
+        (["evaluate", "embedded", "--data", "d", "--seed", "-1"], "'-1' is not an integer of at least 0"),
         (["predict", "x.jpg", "--check", "c"], "unrecognized arguments: --check"),
         (["train", "tiny_imagenet", "--out", "run"], "--data"),
         (["train", "huge", "--data", "d", "--out", "r"], "no recipe 'huge'; recipes are tiny_imagenet, cifar10_tiny"),
@@ -197,9 +204,31 @@ def _empty_folder(folder: Path) -> Path:
     return folder
 
 
+def _pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "pipe.jpg")
+    return folder / "pipe.jpg"
+
+
+def _hidden_only(folder: Path) -> Path:
+    (folder / ".cache").mkdir()
+    picture(0, 0).save(folder / ".cache" / "a.png")
+    return folder
+
+
+def _url(folder: Path) -> str:
+    return "http://127.0.0.1:9/photo.jpg"
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [
+        pytest.param(
+            _pipe,
+            "is not a regular file",
+            marks=pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here"),
+        ),
+        (_hidden_only, "there is no photo in"),
+        (_url, "URLs are not fetched: download the photo first"),
         (_missing, "there is no file"),
         (_truncated, "damaged or truncated"),
         (_text, "is not a photo in a known format"),
@@ -227,6 +256,12 @@ def _foreign_keys(folder: Path) -> None:
     (folder / "other" / "model.safetensors").replace(folder / "model.safetensors")
 
 
+def _no_steps(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["solver"]["max_steps"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _bad_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -237,6 +272,7 @@ def _bad_json(folder: Path) -> None:
         (_no_weights, "model.safetensors"),
         (_foreign_keys, "model.safetensors"),
         (_bad_json, "config.json"),
+        (_no_steps, "solver: max_steps must be at least 1, got 0"),
     ],
 )
 def test_a_bad_checkpoint_is_one_line_and_status_1(
@@ -259,12 +295,50 @@ def test_train_evaluate_and_predict_work_together(
     assert main(["evaluate", str(run / "best"), "--data", str(data), "--json", "--no-progress"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {key: found[key] for key in stored} == stored
-    assert main(["evaluate", str(run / "best"), "--data", str(data), "--steps", "1,2", "--no-progress"]) == 0
+    assert main(["evaluate", str(run / "best"), "--data", str(data), "--steps", "1,20", "--no-progress"]) == 0
     printed = capsys.readouterr().out
     assert f"{stored['top1']:.2%}" in printed
+    assert f"{stored['steps_mean']:.1f}" in printed
+    for command_line in (["evaluate", str(run), "--data", str(data)], ["predict", "x.jpg", "--checkpoint", str(run)]):
+        _fails(capsys, command_line, 1, f"{run} is a run folder; use {run}/best")
     assert main(["predict", str(data / "val" / "red"), "--checkpoint", str(run / "best")]) == 0
     capsys.readouterr()
     _fails(capsys, [*command, "--set", "optimizer.lr=9.0"], 1, "another configuration: config.optimizer.lr differ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_exits_as_the_signal_says_and_goes_on(
+    number: signal.Signals,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", "tiny_imagenet", "--data", str(data), "--out", str(tmp_path / "run"), *RECIPE]
+    load, sent = TrainingImages.__getitems__, []
+
+    def stopping(self: TrainingImages, indices: list[int]) -> Any:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return load(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingImages, "__getitems__", stopping)
+        assert main(command) == 128 + number
+    assert "Stopped and saved at step 1; the same command resumes." in capsys.readouterr().out
+    assert main(command) == 0
+    assert main(["train", "--help"]) == 0
+    assert f"{128 + number}" in capsys.readouterr().out
+
+
+def test_a_corrected_command_takes_the_place_of_one_that_failed_to_start(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "tiny_imagenet", "--data", str(data), "--out", str(tmp_path / "run"), *RECIPE]
+    _fails(capsys, [*command, "--init", "nosuch"], 1, "there is no checkpoint folder nosuch")
+    _fails(capsys, [*command, "--set", "batch_size=99"], 1, "18 training images do not fill one batch of 99")
+    assert main(command) == 0
 
 
 def test_failures_of_train_and_evaluate_are_one_line_and_status_1(
@@ -273,6 +347,8 @@ def test_failures_of_train_and_evaluate_are_one_line_and_status_1(
     out = str(tmp_path / "run")
     _fails(capsys, ["train", "tiny_imagenet", "--data", "nowhere", "--out", out], 1, "dataset nowhere does not exist")
     _fails(capsys, ["evaluate", checkpoint, "--data", "nowhere"], 1, "dataset nowhere does not exist")
+    command = ["train", "tiny_imagenet", "--data", str(data), *RECIPE]
+    _fails(capsys, [*command, "--out", "/proc/nowhere"], 1, "train: /proc/nowhere cannot be written: ")
     (data / "train" / "mauve").mkdir(exist_ok=True)
     picture(0, 0).save(data / "train" / "mauve" / "x.png")
     try:
@@ -286,6 +362,7 @@ def test_convert_refuses_what_is_no_official_checkpoint(tmp_path: Path, capsys: 
     file = tmp_path / "weights.pkl"
     file.write_text("nothing")
     _fails(capsys, ["convert", str(file), "--out", str(tmp_path / "out")], 1, str(file))
+    _fails(capsys, ["convert", str(tmp_path), "--out", str(tmp_path / "out")], 1, f"{tmp_path} is a folder; give the")
     assert not (tmp_path / "out").exists()
 
 
@@ -298,6 +375,8 @@ def test_convert_refuses_what_is_no_official_checkpoint(tmp_path: Path, capsys: 
         ("accelerate", "train", ["train", "tiny_imagenet", "--data", "{data}", "--out", "{out}", *RECIPE]),
         ("tqdm", "train", ["evaluate", "{checkpoint}", "--data", "{data}"]),
         ("gradio", "demo", ["demo"]),
+        ("skimage", "demo", ["demo"]),
+        ("sklearn", "demo", ["demo"]),
     ],
 )
 def test_a_missing_extra_names_the_command_that_installs_it(
@@ -320,10 +399,39 @@ def test_doctor_reports_what_is_installed_and_checks_the_closed_form(capsys: pyt
     status = main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["checks"]["fixed point"] == found["checks"]["gradient"] == "ok"
+    assert {"gradio", "scikit-image", "scikit-learn"} <= set(found["packages"])
     assert found["packages"]["accelerate"] == importlib.metadata.version("accelerate")
-    assert status == (0 if found["checks"]["embedded checkpoint"] == "ok" else 1)
-    assert main(["doctor"]) == status
+    assert found["checks"]["embedded checkpoint"] == "ok"
+    assert status == 0
+    assert main(["doctor"]) == 0
     assert "check: gradient" in capsys.readouterr().out
+
+
+def test_json_has_no_nan_and_fits_the_encoding(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), 1.0], "b": float("inf"), "ü": "ï"})
+    printed = capsys.readouterr().out
+    assert json.loads(printed, parse_constant=pytest.fail) == {"a": [None, 1.0], "b": None, "ü": "ï"}
+    assert "ü" in printed
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_names_that_the_encoding_lacks_are_escaped(options: list[str], checkpoint: str, tmp_path: Path) -> None:
+    picture(0, 0, size=20).save(tmp_path / "ünï.png")
+    command = [sys.executable, "-m", "phantomgrad_hub.cli.main", "predict", "ünï.png", "missing-ï.png"]
+    done = subprocess.run(
+        [*command, "--checkpoint", checkpoint, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == r"phantomgrad predict: there is no file missing-\xef.png"
+    if options:
+        assert json.loads(done.stdout)[0]["photo"] == "ünï.png"
+    else:
+        assert done.stdout.startswith(r"\xfcn\xef.png  (4 solver steps")
 
 
 def test_ctrl_c_is_quiet_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

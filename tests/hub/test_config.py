@@ -80,6 +80,8 @@ def test_gradient_and_solver_are_named_in_json() -> None:
         ),
         ({"solver": UnrolledPhantom()}, "solver must be one of FixedPointIteration, Anderson, Broyden"),
         ({"solver": FixedPointIteration(max_steps=10**6)}, "solver: max_steps must be at most 10000, got 1000000"),
+        ({"solver": FixedPointIteration(max_steps=0)}, "solver: max_steps must be at least 1, got 0"),
+        ({"eval_solver": Anderson(max_steps=0)}, "eval_solver: max_steps must be at least 1, got 0"),
         ({"gradient": UnrolledPhantom(steps=10**6)}, "gradient: steps must be at most 10000"),
         ({"solver": Anderson(memory=10**4)}, "solver: memory must be at most 100"),
         ({"gradient": Implicit(solver=FixedPointIteration(max_steps=10**9))}, "gradient.solver: max_steps"),

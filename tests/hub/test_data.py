@@ -201,6 +201,19 @@ def test_images_stay_decoded_only_where_they_fit_and_agree_in_size(tmp_path: Pat
     assert decode_all(Subset(open_source(tmp_path).train, range(28)), memory_gib=1) is None
 
 
+def test_unreadable_images_are_counted_and_named_where_all_are_decoded(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 10)
+    write_folder(tmp_path / "val", 1)
+    for index in (3, 7):
+        (tmp_path / "train" / "red" / f"00{index}.png").write_bytes(b"garbage")
+    split = open_source(tmp_path).train
+    with pytest.raises(DataError, match=r"^2 training images cannot be read: \S+003\.png, \S+007\.png\. The first: "):
+        decode_all(split, memory_gib=1)
+    (tmp_path / "train" / "red" / "003.png").unlink()
+    with pytest.raises(DataError, match=r"^1 training image cannot be read: \S+007\.png\. The first: "):
+        decode_all(open_source(tmp_path).train, memory_gib=1)
+
+
 def test_augmentation_options_are_checked() -> None:
     for options, message in (
         ({"crop": "zoom"}, "crop must be"),

@@ -70,8 +70,20 @@ def test_accuracy_by_steps_is_that_of_a_solver_with_so_many_steps(model: MDEQ, s
         with torch.no_grad(), attachment.using(solver=solver):
             expected = model(images).argmax(1) == targets
         assert torch.equal(records[f"right_after_{steps}"], expected)
-    # asking for more steps than the model's solver takes extends the solve
-    assert records["steps"].tolist() == [9] * 21
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (6,), (50,)])
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_the_headline_is_that_of_the_models_own_solver(
+    model: MDEQ, source: Source, steps: tuple[int, ...], check_every: int
+) -> None:
+    solver = FixedPointIteration(damping=0.7, max_steps=6, check_every=check_every)
+    other = MDEQ(replace(model.config, eval_solver=solver), labels=LABELS)
+    expected = evaluate_images(other, source.validation, source.labels)
+    records = evaluate_images(other, source.validation, source.labels, steps=steps)
+    for name, values in expected.items():
+        torch.testing.assert_close(records[name], values)
+    assert set(records) - set(expected) == {f"right_after_{count}" for count in steps}
 
 
 def test_batch_size_does_not_matter(model: MDEQ, source: Source) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,29 @@ def test_logits_and_states_have_the_promised_shapes(config: MDEQConfig) -> None:
 def test_images_of_any_size(size: tuple[int, int]) -> None:
     model = MDEQ(official_config()).eval()
     assert model(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+@BOTH_HEADS
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch_has_no_logits(config: MDEQConfig, training: bool) -> None:
+    model = MDEQ(config).train(training)
+    assert model(images_for(config, 0)).shape == (0, 5)
+    with torch.no_grad():
+        assert model(images_for(config, 0)).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "got"),
+    [
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "torch.uint8"),
+        ([1.0], TypeError, "list"),
+        (torch.zeros(2, 1, 32, 32), ValueError, "shape (2, 1, 32, 32)"),
+        (torch.zeros(3, 32, 32), ValueError, "shape (3, 32, 32)"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images: Any, error: type[Exception], got: str) -> None:
+    with pytest.raises(error, match=re.escape(f"expected float images (B, 3, H, W), got {got}")):
+        MDEQ(pooled_config())(images)
 
 
 @BOTH_HEADS

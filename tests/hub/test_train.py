@@ -18,8 +18,8 @@ from small import pooled_config
 
 import phantomgrad
 from phantomgrad import FixedPointIteration, UnrolledPhantom
-from phantomgrad_hub import MDEQ
-from phantomgrad_hub.data import AugmentationConfig, Source, TrainingImages, open_source
+from phantomgrad_hub import MDEQ, CheckpointError
+from phantomgrad_hub.data import AugmentationConfig, DataError, Source, TrainingImages, open_source
 from phantomgrad_hub.train import OptimizerConfig, SolverPhase, TrainConfig, TrainingError, TrainResult, train
 from phantomgrad_hub.train.average import WeightAverage
 from phantomgrad_hub.train.build import build_optimizer
@@ -171,8 +171,57 @@ def test_a_signal_while_validating_is_obeyed_and_the_validation_repeated(
 def test_another_config_for_a_run_is_refused_with_the_keys(source: Source, tmp_path: Path) -> None:
     _train(source, tmp_path, replace(CONFIG, epochs=1))
     other = replace(CONFIG, epochs=1, optimizer=replace(CONFIG.optimizer, lr=0.5), clip=None)
-    with pytest.raises(TrainingError, match=r"another configuration: config\.optimizer\.lr, config\.clip differ"):
+    with pytest.raises(TrainingError, match=r"another configuration: config\.optimizer\.lr, config\.clip differ\."):
         _train(source, tmp_path, other)
+    with pytest.raises(TrainingError, match=r"another configuration: init differs\."):
+        _train(source, tmp_path, replace(CONFIG, epochs=1), init=tmp_path / "best")
+    optimizer = OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.5, momentum=0.5)
+    many = replace(CONFIG, epochs=9, optimizer=optimizer, batch_size=3, clip=None, seed=1)
+    with pytest.raises(TrainingError, match=r"config\.optimizer\.name, (\S+, ){3}\S+ and 3 more differ\."):
+        _train(source, tmp_path, many)
+
+
+@pytest.mark.parametrize(
+    ("changes", "init", "message"),
+    [
+        ({"batch_size": 512}, None, "do not fill one batch"),
+        ({}, "nosuch", "there is no checkpoint folder nosuch"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing_behind(
+    source: Source, tmp_path: Path, changes: dict[str, Any], init: str | None, message: str
+) -> None:
+    with pytest.raises((TrainingError, CheckpointError), match=message):
+        _train(source, tmp_path / "run", replace(CONFIG, epochs=1, **changes), init=init)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory_gib", [4.0, 0.0], ids=["decoded at once", "decoded in training"])
+def test_where_nothing_was_saved_another_config_takes_its_place(tmp_path: Path, memory_gib: float) -> None:
+    write_folder(tmp_path / "data" / "train", 6)
+    write_folder(tmp_path / "data" / "val", 2, first=50)
+    photo = tmp_path / "data" / "train" / "red" / "003.png"
+    content = photo.read_bytes()
+    photo.write_bytes(b"garbage")
+    config = replace(CONFIG, epochs=1, memory_gib=memory_gib)
+    with pytest.raises(DataError, match=r"003\.png"):
+        _train(open_source(tmp_path / "data"), tmp_path / "run", config)
+    assert (tmp_path / "run").exists() == (memory_gib == 0)
+    photo.write_bytes(content)
+    other = replace(config, batch_size=6)
+    assert _train(open_source(tmp_path / "data"), tmp_path / "run", other).step == 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["batch_size"] == 6
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]) == 1
+
+
+def test_a_run_whose_state_was_deleted_starts_anew(source: Source, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=1)
+    first = _train(source, tmp_path, config)
+    (tmp_path / "state" / "state.pt").unlink()
+    (tmp_path / "result.json").write_text("{}")  # of the earlier run
+    with pytest.raises(TrainingError, match="another configuration"):
+        _train(source, tmp_path, replace(config, seed=1))
+    assert _train(source, tmp_path, config) == first
 
 
 def test_a_folder_that_is_no_run_is_left_alone(source: Source, tmp_path: Path) -> None:
@@ -180,8 +229,18 @@ def test_a_folder_that_is_no_run_is_left_alone(source: Source, tmp_path: Path) -
     with pytest.raises(TrainingError, match="is not empty and is no run"):
         _train(source, tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    MDEQ(CONFIG.model).save_pretrained(tmp_path / "checkpoint")
+    before = (tmp_path / "checkpoint" / "config.json").read_text()
+    with pytest.raises(TrainingError, match="is not empty and is no run"):
+        _train(source, tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint" / "config.json").read_text() == before
     with pytest.raises(TrainingError, match="is a file"):
         _train(source, tmp_path / "thesis.tex")
+
+
+def test_a_folder_that_cannot_be_made_is_named(source: Source) -> None:
+    with pytest.raises(TrainingError, match=r"^/proc/nowhere cannot be written: .+; give another folder\.$"):
+        _train(source, Path("/proc/nowhere"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line_and_keeps_the_last_state(

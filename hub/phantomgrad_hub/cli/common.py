@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -11,9 +10,11 @@ from typing import Any, NoReturn
 import torch
 
 from phantomgrad import PhantomGradError
+from phantomgrad_hub.json_text import json_text
 
 PROGRAM = "phantomgrad"
 INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells have it."""
 
 
 class UsageError(PhantomGradError, ValueError):
@@ -30,17 +31,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, *, summary: str, example: str, json_output: bool = True
+    commands: Any, name: str, *, summary: str, example: str, notes: str = "", json_output: bool = True
 ) -> argparse.ArgumentParser:
-    """A subcommand's parser; its help ends with `example`."""
+    """A subcommand's parser; its help ends with `notes` and `example`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary,
-        epilog=f"example:\n  {example}",
+        epilog=f"{notes}\n\nexample:\n  {example}".lstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     if json_output:
         parser.add_argument("--json", action="store_true", help="print JSON for machines")
     return parser
@@ -84,6 +86,13 @@ def positive_integer(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return int(text)
+
+
 def step_counts(text: str) -> tuple[int, ...]:
     """Numbers of solver steps: `1,2,4,8`."""
     return tuple(positive_integer(part.strip()) for part in text.split(","))
@@ -95,8 +104,13 @@ def fail(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document on stdout, in ASCII where stdout's encoding lacks a character."""
+    text = json_text(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json_text(value, indent=2)
+    print(text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from phantomgrad_hub.extras import require
+from phantomgrad_hub.extras import require, require_installed
 
 from .common import INTERRUPTED, UsageError, add_command
 
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     if options.port is not None and not 0 <= options.port <= 65535:
         raise UsageError(f"--port must be between 0 and 65535, not {options.port}")
     require("gradio", "demo")
+    for module, distribution in (("skimage", "scikit-image"), ("sklearn", "scikit-learn")):  # the example photos
+        require_installed(module, distribution, "demo")
     # By name: the hub does not depend on the demo.
     app = require("phantomgrad_demo.app", "demo")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +17,7 @@ from .common import add_command, print_json
 EXTRAS = {
     "hub": ("huggingface_hub", "safetensors", "pillow"),
     "train": ("accelerate", "datasets", "torchvision", "tqdm"),
-    "demo": ("gradio",),
+    "demo": ("gradio", "scikit-image", "scikit-learn"),
 }
 
 
@@ -97,7 +98,9 @@ def _check_embedded() -> str:
 
     try:
         model = MDEQ.from_pretrained("embedded")
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            # A blank image need not settle.
+            warnings.simplefilter("ignore", phantomgrad.NotConvergedWarning)
             finite = bool(torch.isfinite(model(torch.zeros(1, 3, *[model.config.image_size] * 2))).all())
     except (phantomgrad.PhantomGradError, OSError) as error:
         return f"failed: {error}"

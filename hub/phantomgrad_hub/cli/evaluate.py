@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_command, add_device, default_device, positive_integer, print_json, step_counts, table
+from .common import add_command, add_device, default_device, positive_integer, print_json, seed, step_counts, table
 
 
 def add_parser(commands: Any) -> None:
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "--split", choices=("validation", "train"), default="validation", help="which photos; validation by default"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="the seed of the training, which decides what a held-out tenth is (0)"
+        "--seed", type=seed, default=0, help="the seed of the training, which decides what a held-out tenth is (0)"
     )
     parser.add_argument(
         "--steps",

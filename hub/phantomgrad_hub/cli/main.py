@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,11 +31,18 @@ def build_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 for a failure, 2 for bad usage, 130 for Ctrl-C."""
+    """Run the command line and return its exit status: 0, 1 for a failure, 2 for bad usage, 128 + n for signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file's name may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     command = PROGRAM
     try:
-        options = parser.parse_args(arguments)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            # Of the subcommand where there is one: its help lists what it knows.
+            vars(options).get("parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
         if options.command is None:
             parser.print_help()
             return 0

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import PROGRAM, add_command, add_device, default_device, fail, positive_integer, print_json, table
+from .common import (
+    PROGRAM,
+    UsageError,
+    add_command,
+    add_device,
+    default_device,
+    fail,
+    positive_integer,
+    print_json,
+    table,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     from phantomgrad_hub.models.mdeq import MDEQ
     from phantomgrad_hub.predict import find_photos, predict
 
+    if not all(options.photos):
+        raise UsageError("a PHOTO is an empty text; give a file or a folder")
     photos = find_photos(options.photos)
     model = MDEQ.from_pretrained(options.checkpoint).eval().to(default_device(options.device))
     records: list[dict[str, Any]] = []

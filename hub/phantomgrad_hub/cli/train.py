@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from .common import INTERRUPTED, UsageError, add_command, device, print_json
+from .common import UsageError, add_command, device, print_json
 
 
 def add_parser(commands: Any) -> None:
@@ -16,6 +16,8 @@ def add_parser(commands: Any) -> None:
         commands,
         "train",
         summary="Train a model; the same command resumes the run in its folder.",
+        notes="exit status: 0 finished, 130 stopped by Ctrl-C, 143 by SIGTERM (both save: the same command goes on),\n"
+        "1 failed, 2 bad usage",
         example="phantomgrad train tiny_imagenet --data tiny-imagenet --out run --set epochs=20",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="tiny_imagenet or cifar10_tiny")
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if require("accelerate", "train").PartialState().is_main_process:
         _report(options, result)
-    return INTERRUPTED if result.stopped_by == signal.SIGINT else 0
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
 def _report(options: argparse.Namespace, result: Any) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.extras import require
 
+from .errors import DataError
 from .seeds import derive_seed
 from .sources import ImageSplit
 
@@ -119,15 +121,23 @@ def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def decode_all(split: ImageSplit, *, memory_gib: float) -> Tensor | None:
-    """All images as uint8 `(N, 3, H, W)`, or None where their sizes differ or they exceed `memory_gib`."""
+    """All images as uint8 `(N, 3, H, W)`, or None where their sizes differ or they exceed `memory_gib`.
+
+    Raises `DataError` that counts and names the images found to be unreadable.
+    """
     first = _to_uint8(split, 0)
     if len(split) * first.numel() > memory_gib * 2**30:
         return None
     decoded = torch.empty((len(split), *first.shape), dtype=torch.uint8)
+    unreadable: dict[int, DataError] = {}
 
     def decode(indices: range) -> bool:
         for index in indices:
-            image = _to_uint8(split, index)
+            try:
+                image = _to_uint8(split, index)
+            except DataError as error:
+                unreadable[index] = error
+                continue
             if image.shape != first.shape:
                 return False
             decoded[index] = image
@@ -137,6 +147,12 @@ def decode_all(split: ImageSplit, *, memory_gib: float) -> Tensor | None:
     blocks = [range(start, min(start + 1024, len(split))) for start in range(0, len(split), 1024)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         same = all(pool.map(decode, blocks))
+    if unreadable:
+        found = sorted(unreadable)
+        names = summarise((split.name(index) for index in found), 5)
+        first_error = unreadable[found[0]]
+        count = f"{len(found)} training images" if len(found) > 1 else "1 training image"
+        raise DataError(f"{count} cannot be read: {names}. The first: {first_error}") from first_error
     return decoded if same else None
 
 

@@ -63,6 +63,11 @@ class MDEQ(nn.Module):
 
     def inject(self, images: Tensor) -> Tensor:
         """The injection `(B, channels[0], H', W')` of images `(B, 3, H, W)`, constant during the solve."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"expected float images (B, 3, H, W), got {got}; `preprocess` makes them of a photo")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected float images (B, 3, H, W), got shape {tuple(images.shape)}")
         return self.stem(images)
 
     def initial_state(self, injection: Tensor) -> State:

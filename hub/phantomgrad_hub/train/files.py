@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from phantomgrad_hub.json_text import json_text
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -24,7 +25,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = json_text(value, indent=2) + "\n"
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 

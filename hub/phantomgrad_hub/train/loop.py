@@ -63,8 +63,8 @@ def train(
     """
     accelerator = _accelerator(config, cpu)
     run = RunFolder(out, writes=accelerator.is_main_process)
-    run.open(_identity(config, source, recipe, init))
-    accelerator.wait_for_everyone()
+    identity = _identity(config, source, recipe, init)
+    run.check(identity)
 
     model = build_model(config, source, init)
     average = WeightAverage(copy.deepcopy(model).to(accelerator.device), config.ema_decay)
@@ -74,6 +74,9 @@ def train(
     solver_schedule = SolverSchedule(config, attachment)
     optimizer = build_optimizer(config.optimizer, model)
     loader, sampler = build_loader(config, source, model.config.image_size, accelerator.num_processes)
+    # Only now: a start that fails for want of a checkpoint, of photos or of a readable one leaves no folder behind.
+    run.open(identity)
+    accelerator.wait_for_everyone()
     trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     total_steps = math.ceil(len(loader) / config.accumulation) * config.epochs

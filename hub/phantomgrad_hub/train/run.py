@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from phantomgrad_hub.checkpoint import summarise
+from phantomgrad_hub.json_text import json_text
 from phantomgrad_hub.models.mdeq import MDEQ
 
 from .errors import TrainingError
@@ -46,35 +48,59 @@ class RunFolder:
         self._state = self.path / "state" / "state.pt"
         self._metrics = self.path / "metrics.jsonl"
         self._result = self.path / "result.json"
+        self._config = self.path / "config.json"
+        self._environment = self.path / "environment.json"
         self._writes = writes
 
-    def open(self, config: dict[str, Any]) -> None:
-        """Create the folder, or check that it holds a run of this very `config`; raises `TrainingError`."""
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise `TrainingError` unless a run of `config` may start or go on here.
+
+        It may in a new or empty folder, in its own, and in that of a run from which nothing has been saved.
+        """
         if not self._writes:
             return
-        stored = self.path / "config.json"
-        if stored.is_file():
-            self._check_config(stored, config)
-        elif self.path.is_dir() and any(entry.name != ".gitignore" for entry in self.path.iterdir()):
-            raise TrainingError(f"{self.path} is not empty and is no run; give another folder.")
-        elif self.path.exists() and not self.path.is_dir():
+        if self.path.exists() and not self.path.is_dir():
             raise TrainingError(f"{self.path} is a file; give a folder.")
-        self._state.parent.mkdir(parents=True, exist_ok=True)
-        for checkpoint in (self.last, self.best):
-            repair_folder(checkpoint)
-        if not stored.is_file():
-            write_json(stored, config)
-
-    def _check_config(self, stored: Path, config: dict[str, Any]) -> None:
-        try:
-            old = json.loads(stored.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TrainingError(f"{stored} is damaged ({error}); give another folder.") from error
-        if keys := differing_keys(old, json.loads(json.dumps(config))):
+        if not self._config.is_file():
+            if self.path.is_dir() and any(entry.name != ".gitignore" for entry in self.path.iterdir()):
+                raise TrainingError(f"{self.path} is not empty and is no run; give another folder.")
+            return
+        stored = self._read_config()
+        if any(path.exists() for path in (self._state, self.last, self.best)) and (
+            keys := differing_keys(stored, json.loads(json_text(config)))
+        ):
             raise TrainingError(
-                f"{self.path} holds a run with another configuration: {', '.join(keys)} differ. "
-                "Resume with the same command, or give another folder."
+                f"{self.path} holds a run with another configuration: {summarise(keys, 5)} "
+                f"{'differs' if len(keys) == 1 else 'differ'}. Resume with the same command, or give another folder."
             )
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Create the folder for a run of `config`, or make that which is there ready; raises `TrainingError`."""
+        if not self._writes:
+            return
+        self.check(config)
+        try:
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            for checkpoint in (self.last, self.best):
+                repair_folder(checkpoint)
+            if not self._state.is_file():
+                # Nothing that an earlier start left behind belongs to a run that starts anew.
+                for file in (self._metrics, self._result, self._environment):
+                    file.unlink(missing_ok=True)
+                write_json(self._config, config)
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror}; give another folder.") from error
+
+    def _read_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here."""
+        try:
+            stored = json.loads(self._config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TrainingError(f"{self._config} is damaged ({error}); give another folder.") from error
+        # A checkpoint, and many a project, has a config.json too.
+        if not (isinstance(stored, dict) and {"recipe", "config"} <= stored.keys()):
+            raise TrainingError(f"{self.path} is not empty and is no run; give another folder.")
+        return stored
 
     def load_state(self) -> dict[str, Any] | None:
         """What `save` stored, None where the run has not been saved yet."""
@@ -113,7 +139,7 @@ class RunFolder:
         """Append one line to the metrics."""
         if self._writes:
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json_text(record) + "\n")
 
     def rewind_log(self, position: Position) -> None:
         """Drop the lines that a run resumed at `position` writes again."""
@@ -134,13 +160,12 @@ class RunFolder:
         """Add this session to `environment.json`: versions, machine, and the step it starts at."""
         if not self._writes:
             return
-        file = self.path / "environment.json"
         try:
-            sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+            sessions = json.loads(self._environment.read_text(encoding="utf-8"))["sessions"]
         except (OSError, ValueError, KeyError):
             sessions = []
         sessions.append({"step": step, "device": _device_name(device), "processes": processes} | _environment())
-        write_json(file, {"sessions": sessions})
+        write_json(self._environment, {"sessions": sessions})
 
 
 def _environment() -> dict[str, Any]:
