@@ -12,7 +12,7 @@ import torch
 from images import NAMES, picture, write_class_table, write_folder, write_parquet
 
 from phantomgrad_hub.data import AugmentationConfig, DataError, Subset, TrainingImages, open_source, train_transform
-from phantomgrad_hub.data.transforms import decode_all
+from phantomgrad_hub.data.transforms import batch_transform, decode_all
 from phantomgrad_hub.labels import ClassLabel
 
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
@@ -149,9 +149,9 @@ def _augmented(tmp_path: Path, **options: object) -> TrainingImages:
 
 def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     images = _augmented(tmp_path)
-    first, _ = images.__getitems__([3, 7, 11])
+    first, _, _ = images.__getitems__([3, 7, 11])
     torch.rand(10)
-    again, _ = images.__getitems__([11, 3])
+    again, _, _ = images.__getitems__([11, 3])
     assert torch.equal(first[2], again[0])
     assert torch.equal(first[0], again[1])
     images.set_epoch(1)
@@ -170,7 +170,7 @@ def test_augmentation_leaves_the_models_random_numbers_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
 def test_every_crop_gives_images_of_the_size_asked_for(tmp_path: Path, crop: str) -> None:
     images = _augmented(tmp_path, crop=crop, random_erasing=0.5)
-    batch, targets = images.__getitems__([0, 5])
+    batch, targets, _ = images.__getitems__([0, 5])
     assert batch.shape == (2, 3, 16, 16)
     assert batch.dtype == torch.uint8
     assert targets.tolist() == [images._split.targets[0], images._split.targets[5]]
@@ -193,12 +193,13 @@ def test_pad_crop_equals_a_window_of_the_image_padded_by_reflection() -> None:
 def test_images_stay_decoded_only_where_they_fit_and_agree_in_size(tmp_path: Path) -> None:
     write_folder(tmp_path, 10)
     split = open_source(tmp_path).train
-    decoded = decode_all(split, memory_gib=1)
+    decoded, unreadable = decode_all(split, memory_gib=1)
     assert decoded is not None
+    assert not unreadable
     assert decoded.shape == (27, 3, 16, 16)
-    assert decode_all(split, memory_gib=1e-6) is None
+    assert decode_all(split, memory_gib=1e-6) == (None, {})
     picture(0, 99, size=20).save(tmp_path / "red" / "zzz.png")
-    assert decode_all(Subset(open_source(tmp_path).train, range(28)), memory_gib=1) is None
+    assert decode_all(Subset(open_source(tmp_path).train, range(28)), memory_gib=1) == (None, {})
 
 
 def test_unreadable_images_are_counted_and_named_where_all_are_decoded(tmp_path: Path) -> None:
@@ -207,10 +208,15 @@ def test_unreadable_images_are_counted_and_named_where_all_are_decoded(tmp_path:
     for index in (3, 7):
         (tmp_path / "train" / "red" / f"00{index}.png").write_bytes(b"garbage")
     split = open_source(tmp_path).train
-    with pytest.raises(DataError, match=r"^2 training images cannot be read: \S+003\.png, \S+007\.png\. The first: "):
+    with pytest.raises(
+        DataError,
+        match=r"^2 training images of 30 cannot be read, more than 1%: \S+003\.png, \S+007\.png\. The first: ",
+    ):
         decode_all(split, memory_gib=1)
     (tmp_path / "train" / "red" / "003.png").unlink()
-    with pytest.raises(DataError, match=r"^1 training image cannot be read: \S+007\.png\. The first: "):
+    with pytest.raises(
+        DataError, match=r"^1 training image of 29 cannot be read, more than 1%: \S+007\.png\. The first: "
+    ):
         decode_all(open_source(tmp_path).train, memory_gib=1)
 
 
@@ -221,6 +227,9 @@ def test_augmentation_options_are_checked() -> None:
         ({"scale": (0.5, 0.2)}, "scale must be"),
         ({"color_jitter": 2.0}, "color_jitter must be"),
         ({"random_erasing": -1.0}, "random_erasing must be"),
+        ({"rand_augment": 31}, "rand_augment must be"),
+        ({"mixup": -0.1}, "mixup must be"),
+        ({"cutmix": float("inf")}, "cutmix must be"),
     ):
         with pytest.raises(ValueError, match=message):
             AugmentationConfig(**options)  # type: ignore[arg-type]
@@ -239,3 +248,71 @@ def test_cifar10_as_it_is_described(shared: Path) -> None:
     assert (len(source.train), len(source.validation)) == (50000, 10000)
     assert [label.name for label in source.labels][:3] == ["airplane", "automobile", "bird"]
     assert source.validation.targets.count(9) == 1000
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0], ids=["decoded at once", "decoded as needed"])
+def test_an_unreadable_image_is_replaced_by_the_next_readable_one_and_its_class(
+    tmp_path: Path, memory_gib: float
+) -> None:
+    write_folder(tmp_path / "train", 110)
+    write_folder(tmp_path / "val", 1)
+    whole = TrainingImages(
+        open_source(tmp_path).train, train_transform(AugmentationConfig(crop="none", flip=False), 16), seed=5
+    )
+    expected, targets, replaced = whole.__getitems__(range(105, 115))
+    assert not replaced.any()
+    split = open_source(tmp_path).train
+    for index in (109, 2, 329):  # the last of a class, one in the middle, and the last of all
+        Path(split.name(index)).write_bytes(b"garbage")
+    images = TrainingImages(
+        open_source(tmp_path).train,
+        train_transform(AugmentationConfig(crop="none", flip=False), 16),
+        seed=5,
+        memory_gib=memory_gib,
+    )
+    found, shown, replaced = images.__getitems__(range(105, 115))
+    assert replaced.tolist() == [index == 109 for index in range(105, 115)]
+    assert torch.equal(found[4], expected[5])
+    assert shown[4] == targets[5] != targets[4]
+    assert torch.equal(found[replaced.logical_not()], expected[replaced.logical_not()])
+    assert images.__getitems__([329])[1] == images.__getitems__([0])[1]  # after the last comes the first
+    assert set(images.unreadable) == ({2, 109, 329} if memory_gib else {109, 329})
+
+
+def test_too_many_unreadable_images_stop_where_they_are_decoded_as_needed(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 40)
+    write_folder(tmp_path / "val", 1)
+    split = open_source(tmp_path).train
+    for index in (1, 5):
+        Path(split.name(index)).write_bytes(b"garbage")
+    images = TrainingImages(split, train_transform(AugmentationConfig(), 16), seed=5, memory_gib=0.0)
+    images[1]
+    with pytest.raises(DataError, match=r"^2 training images of 120 cannot be read, more than 1%"):
+        images[5]
+
+
+def test_mixing_shares_the_classes_of_a_batch(tmp_path: Path) -> None:
+    images, targets = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    same = batch_transform(AugmentationConfig(), 3)(images, targets)
+    assert same[0] is images
+    assert same[1] is targets
+    for options in ({"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}):
+        mixed = batch_transform(AugmentationConfig(**options), 3)  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        first, shares = mixed(images, targets)
+        torch.manual_seed(1)
+        again, _ = mixed(images, targets)
+        assert torch.equal(first, again)
+        assert first.shape == images.shape
+        assert shares.shape == (6, 3)
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(6))
+        assert ((shares > 0).sum(dim=1) <= 2).all()
+        assert (shares.gather(1, targets[:, None]) > 0).all()
+
+
+def test_rand_augment_varies_an_image_by_seed_alone(tmp_path: Path) -> None:
+    images = _augmented(tmp_path, rand_augment=15, crop="none", flip=False, color_jitter=0.0)
+    first = images[4][0]
+    assert torch.equal(first, images[4][0])
+    images.set_epoch(1)
+    assert not torch.equal(first, images[4][0])

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from small import pooled_config
 
 import phantomgrad
-from phantomgrad import FixedPointIteration, UnrolledPhantom
+from phantomgrad import Backprop, FixedPointIteration, UnrolledPhantom
 from phantomgrad_hub import MDEQ, CheckpointError
 from phantomgrad_hub.data import AugmentationConfig, DataError, Source, TrainingImages, open_source
 from phantomgrad_hub.train import OptimizerConfig, SolverPhase, TrainConfig, TrainingError, TrainResult, train
 from phantomgrad_hub.train.average import WeightAverage
-from phantomgrad_hub.train.build import build_optimizer
+from phantomgrad_hub.train.build import SolverSchedule, attach_for_training, build_optimizer
 from phantomgrad_hub.train.files import repair_folder, write_file
 from phantomgrad_hub.train.files import write_folder as write_folder_atomically
 
@@ -45,6 +45,7 @@ CONFIG = TrainConfig(
     ema_decay=0.9,
     workers=0,
     log_every=1,
+    trackers=(),
 )
 
 
@@ -371,3 +372,90 @@ def test_files_and_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> N
     repair_folder(tmp_path / "folder")
     assert (tmp_path / "folder" / "a").read_text() == "new"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, augmentation=AugmentationConfig(mixup=0.2, cutmix=1.0, rand_augment=9)),
+        replace(CONFIG, optimizer=OptimizerConfig(name="lamb", lr=5e-3)),
+        replace(CONFIG, jacobian_penalty=0.5),
+        replace(
+            CONFIG,
+            solver_schedule=(
+                SolverPhase(until=0.5, solver_steps=2, unrolled=True),
+                SolverPhase(until=1.0, solver_steps=3, phantom_steps=1),
+            ),
+        ),
+    ],
+    ids=["mixing", "lamb", "penalty", "unrolled"],
+)
+def test_every_option_trains_and_resumes_bit_for_bit(
+    config: TrainConfig, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train(source, tmp_path / "whole", config)
+    plain = _train(source, tmp_path / "plain")
+    assert not _same_weights(tmp_path / "whole" / "last", tmp_path / "plain" / "last")
+    assert plain.step == whole.step
+    with monkeypatch.context() as patch:
+        _stop_at_batch(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert _train(source, tmp_path / "parts", config).stopped_by == signal.SIGTERM
+    assert _train(source, tmp_path / "parts", config) == whole
+    assert _same_weights(tmp_path / "parts" / "last", tmp_path / "whole" / "last")
+
+
+@pytest.mark.filterwarnings("ignore::phantomgrad.NotConvergedWarning")
+def test_a_jacobian_penalty_keeps_the_block_smaller(source: Source, tmp_path: Path) -> None:
+    @torch.no_grad()
+    def norm(folder: Path) -> float:
+        model = MDEQ.from_pretrained(folder).eval()
+        injection = model.inject(torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)]))
+        state = model.equilibrium(injection)
+        return float(phantomgrad.diagnostics.jacobian_penalty(model.block, state, injection, probes=20))
+
+    config = replace(CONFIG, epochs=4, ema_decay=0.0, augmentation=AugmentationConfig(crop="none"))
+    _train(source, tmp_path / "free", config)
+    _train(source, tmp_path / "held", replace(config, jacobian_penalty=5.0))
+    assert norm(tmp_path / "held" / "last") < 0.8 * norm(tmp_path / "free" / "last")
+
+
+def test_an_unrolled_phase_backpropagates_through_the_iterations(source: Source, tmp_path: Path) -> None:
+    phases = (SolverPhase(until=0.5, solver_steps=2, unrolled=True), SolverPhase(until=1.0, solver_steps=3))
+    model = MDEQ(CONFIG.model)
+    attachment = attach_for_training(model, CONFIG)
+    schedule = SolverSchedule(replace(CONFIG, solver_schedule=phases), attachment)
+    schedule.set_progress(0.0)
+    assert attachment.gradient == Backprop(steps=2)
+    schedule.set_progress(0.5)
+    assert attachment.gradient == CONFIG.model.gradient
+    assert attachment.solver.max_steps == 3
+    with pytest.raises(ValueError, match="phantom_steps has no part in an unrolled phase"):
+        SolverPhase(until=1.0, solver_steps=2, phantom_steps=1, unrolled=True)
+
+
+def test_metrics_go_to_tensorboard_too(source: Source, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _train(source, tmp_path, replace(CONFIG, epochs=1, trackers=("tensorboard",)))
+    events = accumulator.EventAccumulator(str(tmp_path / "phantomgrad")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    logged = [(record["step"], record["loss"]) for record in _log(tmp_path, "train")]
+    assert [step for step, _ in losses] == [step for step, _ in logged]
+    torch.testing.assert_close([value for _, value in losses], [value for _, value in logged])
+    assert "validation/top1" in events.Tags()["scalars"]
+
+
+def test_unknown_and_missing_trackers_are_one_line(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^trackers: there is no fancy; Accelerate has aim, .*tensorboard"):
+        _train(source, tmp_path / "run", replace(CONFIG, trackers=("fancy",)))
+    with pytest.raises(TrainingError, match=r"^trackers: aim is not installed; run: pip install aim$"):
+        _train(source, tmp_path / "run", replace(CONFIG, trackers=("aim",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_photo_is_counted_in_the_log(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data" / "train", 35)
+    write_folder(tmp_path / "data" / "val", 2)
+    source = open_source(tmp_path / "data")
+    Path(source.train.name(40)).write_bytes(b"garbage")
+    _train(source, tmp_path / "run", replace(CONFIG, epochs=1))
+    assert sum(record.get("unreadable", 0) for record in _log(tmp_path / "run", "train")) == 1

@@ -16,7 +16,7 @@ from .common import add_command, print_json
 
 EXTRAS = {
     "hub": ("huggingface_hub", "safetensors", "pillow"),
-    "train": ("accelerate", "datasets", "torchvision", "tqdm"),
+    "train": ("accelerate", "datasets", "tensorboard", "timm", "torchvision", "tqdm"),
     "demo": ("gradio", "scikit-image", "scikit-learn"),
 }
 

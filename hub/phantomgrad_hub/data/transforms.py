@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,12 @@ class AugmentationConfig:
     """Largest relative change of brightness, contrast and saturation."""
     random_erasing: float = 0.0
     """Probability of blanking a random rectangle."""
+    rand_augment: int = 0
+    """Magnitude, of 30, of two operations drawn from RandAugment's list (Cubuk et al., 2020); 0 turns it off."""
+    mixup: float = 0.0
+    """Blend pairs of images and their classes, with shares from Beta(mixup, mixup); 0 turns it off."""
+    cutmix: float = 0.0
+    """Paste a rectangle of another image, and share the classes by area; with `mixup` too, each batch gets one of the two."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("pad", "resized", "none"):
@@ -54,6 +61,11 @@ class AugmentationConfig:
             raise ValueError(f"color_jitter must be between 0 and 1, not {self.color_jitter}")
         if not 0 <= self.random_erasing <= 1:
             raise ValueError(f"random_erasing must be between 0 and 1, not {self.random_erasing}")
+        if not 0 <= self.rand_augment <= 30:
+            raise ValueError(f"rand_augment must be between 0 and 30, not {self.rand_augment}")
+        for name in ("mixup", "cutmix"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
 
 
 def train_transform(augmentation: AugmentationConfig, size: int) -> Transform:
@@ -69,6 +81,8 @@ def train_transform(augmentation: AugmentationConfig, size: int) -> Transform:
             steps.append(_Shift(border))
     if augmentation.flip:
         steps.append(v2.RandomHorizontalFlip())
+    if augmentation.rand_augment:
+        steps.append(v2.RandAugment(num_ops=2, magnitude=augmentation.rand_augment))
     if augmentation.color_jitter:
         amount = augmentation.color_jitter
         steps.append(v2.ColorJitter(brightness=amount, contrast=amount, saturation=amount))
@@ -77,11 +91,30 @@ def train_transform(augmentation: AugmentationConfig, size: int) -> Transform:
     return v2.Compose(steps)
 
 
-class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
+def batch_transform(
+    augmentation: AugmentationConfig, classes: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What mixes the images of a batch: `(B, 3, H, W)` and class indices `(B,)` become images and shares `(B, classes)`.
+
+    Without `mixup` and `cutmix` both stay as they are. Draws from torch's RNG.
+    """
+    v2 = require("torchvision.transforms.v2", "train")
+    mixers = []
+    if augmentation.mixup:
+        mixers.append(v2.MixUp(alpha=augmentation.mixup, num_classes=classes))
+    if augmentation.cutmix:
+        mixers.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=classes))
+    if not mixers:
+        return lambda images, targets: (images, targets)
+    return mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
+
+
+class TrainingImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The training split as augmented uint8 batches.
 
-    `__getitems__(indices)` gives the whole batch, images `(B, 3, size, size)` uint8 and class indices `(B,)` int64, for
-    a loader whose `collate_fn` is `keep_batch`. Every image is drawn from `(seed, epoch, index)` alone.
+    `__getitems__(indices)` gives the whole batch: images `(B, 3, size, size)` uint8, class indices `(B,)` int64, and which
+    of them `(B,)` bool stand for an unreadable image, for a loader whose `collate_fn` is `keep_batch`. Every image is drawn
+    from `(seed, epoch, index)` alone. In the place of an unreadable image comes the next readable one, with its class.
     """
 
     def __init__(self, split: ImageSplit, transform: Transform, *, seed: int, memory_gib: float = 4.0) -> None:
@@ -90,7 +123,8 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
         self._seed = seed
         self._epoch = 0
         self._targets = torch.tensor(split.targets, dtype=torch.int64)
-        self._decoded = decode_all(split, memory_gib=memory_gib)
+        self._decoded, self.unreadable = decode_all(split, memory_gib=memory_gib)
+        """Why an image could not be read, by its index, as far as is known; workers have records of their own."""
 
     def __len__(self) -> int:
         return len(self._split)
@@ -99,61 +133,97 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
         """Vary the images anew: called before each epoch, in the main process."""
         self._epoch = epoch
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, targets = self.__getitems__([index])
-        return images[0], targets[0]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, targets, replaced = self.__getitems__([index])
+        return images[0], targets[0], replaced[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        images: list[Tensor] = []
+        shown: list[int] = []
         # The transforms draw from the global generator, which belongs to the model when no worker process is used.
         with torch.random.fork_rng(devices=[]):
-            images = [self._augmented(index) for index in indices]
-        return torch.stack(images), self._targets[torch.as_tensor(indices)]
+            for index in indices:
+                torch.default_generator.manual_seed(derive_seed(self._seed, self._epoch, index))
+                source, image = self._read(index)
+                images.append(self._transform(image))
+                shown.append(source)
+        wanted, found = torch.as_tensor(indices), torch.as_tensor(shown)
+        return torch.stack(images), self._targets[found], wanted != found
 
-    def _augmented(self, index: int) -> Tensor:
-        torch.default_generator.manual_seed(derive_seed(self._seed, self._epoch, index))
-        image = _to_uint8(self._split, index) if self._decoded is None else self._decoded[index]
-        return self._transform(image)
+    def _read(self, index: int) -> tuple[int, Tensor]:
+        """The image, or the next that can be read, and its index."""
+        for step in range(len(self)):
+            source = (index + step) % len(self)
+            if source in self.unreadable:
+                continue
+            if self._decoded is not None:
+                return source, self._decoded[source]
+            try:
+                return source, _to_uint8(self._split, source)
+            except DataError as error:
+                self.unreadable[source] = error
+                check_unreadable(self._split, self.unreadable)
+        raise DataError("no training image can be read")
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def keep_batch(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A `collate_fn` for datasets whose `__getitems__` returns whole batches."""
     return batch
 
 
-def decode_all(split: ImageSplit, *, memory_gib: float) -> Tensor | None:
-    """All images as uint8 `(N, 3, H, W)`, or None where their sizes differ or they exceed `memory_gib`.
+MOST_UNREADABLE = 0.01
+"""The fraction of unreadable images above which training stops."""
 
-    Raises `DataError` that counts and names the images found to be unreadable.
+
+def check_unreadable(split: ImageSplit, unreadable: Mapping[int, DataError]) -> None:
+    """Raise a `DataError` that counts and names them where more than `MOST_UNREADABLE` of `split` cannot be read."""
+    if len(unreadable) <= MOST_UNREADABLE * len(split):
+        return
+    found = sorted(unreadable)
+    names = summarise((split.name(index) for index in found), 5)
+    first = unreadable[found[0]]
+    count = f"{len(found)} training images" if len(found) > 1 else "1 training image"
+    raise DataError(
+        f"{count} of {len(split)} cannot be read, more than {MOST_UNREADABLE:.0%}: {names}. The first: {first}"
+    ) from first
+
+
+def decode_all(split: ImageSplit, *, memory_gib: float) -> tuple[Tensor | None, dict[int, DataError]]:
+    """All images as uint8 `(N, 3, H, W)`, or None where their sizes differ or they exceed `memory_gib`; and which of
+    those that were tried could not be read.
+
+    Raises `DataError` where these are too many.
     """
-    first = _to_uint8(split, 0)
-    if len(split) * first.numel() > memory_gib * 2**30:
-        return None
-    decoded = torch.empty((len(split), *first.shape), dtype=torch.uint8)
     unreadable: dict[int, DataError] = {}
+
+    def read(index: int) -> Tensor | None:
+        try:
+            return _to_uint8(split, index)
+        except DataError as error:
+            unreadable[index] = error
+            return None
+
+    first = next((image for index in range(len(split)) if (image := read(index)) is not None), None)
+    check_unreadable(split, unreadable)
+    if first is None or len(split) * first.numel() > memory_gib * 2**30:
+        return None, unreadable
+    decoded = torch.empty((len(split), *first.shape), dtype=torch.uint8)
 
     def decode(indices: range) -> bool:
         for index in indices:
-            try:
-                image = _to_uint8(split, index)
-            except DataError as error:
-                unreadable[index] = error
-                continue
-            if image.shape != first.shape:
+            image = read(index)
+            if image is not None and image.shape != first.shape:
                 return False
-            decoded[index] = image
+            if image is not None:
+                decoded[index] = image
         return True
 
     # Pillow decodes outside the interpreter's lock, so threads do overlap.
     blocks = [range(start, min(start + 1024, len(split))) for start in range(0, len(split), 1024)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         same = all(pool.map(decode, blocks))
-    if unreadable:
-        found = sorted(unreadable)
-        names = summarise((split.name(index) for index in found), 5)
-        first_error = unreadable[found[0]]
-        count = f"{len(found)} training images" if len(found) > 1 else "1 training image"
-        raise DataError(f"{count} cannot be read: {names}. The first: {first_error}") from first_error
-    return decoded if same else None
+    check_unreadable(split, unreadable)
+    return (decoded if same else None), unreadable
 
 
 class _MiddleSquare(torch.nn.Module):

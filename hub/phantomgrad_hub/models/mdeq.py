@@ -76,8 +76,12 @@ class MDEQ(nn.Module):
 
     def equilibrium(self, injection: Tensor) -> State:
         """The fixed point of the block for `injection`, one feature map per branch."""
-        z0, masks = self.initial_state(injection), self._draw_masks(injection)
-        return self.block(z0, injection) if masks is None else self.block(z0, injection, masks)
+        return self.block(self.initial_state(injection), *self.block_inputs(injection))
+
+    def block_inputs(self, injection: Tensor) -> tuple[Any, ...]:
+        """What the block takes beside its state: the injection, and dropout masks where there is dropout."""
+        masks = self._draw_masks(injection)
+        return (injection,) if masks is None else (injection, masks)
 
     def preprocess(self, image: ImageSource) -> Tensor:
         """The photo as `(1, 3, H, W)`, as this model was trained to see it; raises `ImageError` if it is unreadable."""

@@ -18,9 +18,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Sampler
 
 import phantomgrad
+from phantomgrad import Backprop
+from phantomgrad.diagnostics import jacobian_penalty
 from phantomgrad_hub.data.seeds import derive_seed
 from phantomgrad_hub.data.sources import Source
 from phantomgrad_hub.data.transforms import TrainingImages, keep_batch, train_transform
+from phantomgrad_hub.extras import require
 from phantomgrad_hub.models.mdeq import MDEQ
 
 from .config import OptimizerConfig, TrainConfig
@@ -109,7 +112,29 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    if config.name == "lamb":
+        # Clipping is the loop's.
+        return require("timm.optim", "train").Lamb(groups, lr=config.lr, betas=config.betas, max_grad_norm=None)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+class TrainedModel(nn.Module):
+    """What a training step calls: logits, and the Jacobian penalty of the block at their equilibrium."""
+
+    def __init__(self, model: MDEQ, penalised: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._penalised = penalised
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits `(B, classes)` and the penalty, a scalar; None where it has no weight."""
+        model = self.model
+        if not self._penalised:
+            return model(images), None
+        injection = model.inject(images)
+        inputs = model.block_inputs(injection)
+        state = model.block(model.initial_state(injection), *inputs)
+        return model.head(state), jacobian_penalty(model.block, state, *inputs)
 
 
 def attach_for_training(model: MDEQ, config: TrainConfig) -> phantomgrad.Attachment:
@@ -143,6 +168,7 @@ class SolverSchedule:
         if phase is None:
             return
         self._image_size = phase.image_size
+        self.attachment.gradient = Backprop(steps=phase.solver_steps) if phase.unrolled else self._gradient
         self.attachment.solver = replace(self._solver, max_steps=phase.solver_steps)
         if phase.phantom_steps is not None:
             self.attachment.gradient = replace(self._gradient, steps=phase.phantom_steps)  # type: ignore[call-arg]

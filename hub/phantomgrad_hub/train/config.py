@@ -14,7 +14,8 @@ from phantomgrad_hub.data.transforms import AugmentationConfig
 class OptimizerConfig:
     """The optimizer; norms and biases are never decayed."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """`lamb`, for batches of thousands, is timm's (You et al., "Large Batch Optimization for Deep Learning", 2020)."""
     lr: float = 0.1
     """Learning rate at the top of the schedule."""
     weight_decay: float = 1e-4
@@ -23,10 +24,10 @@ class OptimizerConfig:
     nesterov: bool = True
     """For `sgd`."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """For `adamw`."""
+    """For `adamw` and `lamb`."""
 
     def __post_init__(self) -> None:
-        _choice("name", self.name, ("sgd", "adamw"))
+        _choice("name", self.name, ("sgd", "adamw", "lamb"))
         _positive("lr", self.lr)
         _not_negative("weight_decay", self.weight_decay)
         _fraction("momentum", self.momentum)
@@ -71,6 +72,9 @@ class SolverPhase:
     """`max_steps` of the block's solver."""
     phantom_steps: int | None = None
     """`steps` of the gradient; None keeps the model's."""
+    unrolled: bool = False
+    """Backpropagate through the `solver_steps` iterations instead, as MDEQ's pre-training does: few of them train fast while
+    the weights are far from settling. `phantom_steps` then has no part."""
     image_size: int | None = None
     """Side, in pixels, to which training images are shrunk; None keeps the model's. Small images first cost less."""
 
@@ -82,6 +86,8 @@ class SolverPhase:
             _at_least("phantom_steps", self.phantom_steps, 1)
         if self.image_size is not None:
             _at_least("image_size", self.image_size, 8)
+        if self.unrolled and self.phantom_steps is not None:
+            raise ValueError("phantom_steps has no part in an unrolled phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +108,8 @@ class TrainConfig:
     clip: float | None = None
     """Largest norm of the gradient of all parameters."""
     label_smoothing: float = 0.0
+    jacobian_penalty: float = 0.0
+    """Weight of `phantomgrad.diagnostics.jacobian_penalty` at the equilibrium in the loss; 0 turns it off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
     compile: bool = False
@@ -122,6 +130,8 @@ class TrainConfig:
     validation_batch_size: int = 100
     checkpoint_minutes: float = 10.0
     """A checkpoint is written at least this often, and after every epoch."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where Accelerate sends the metrics besides `metrics.jsonl`: names of its trackers; TensorBoard's files lie in the run."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "log_every", "validate_every", "validation_batch_size"):
@@ -135,6 +145,7 @@ class TrainConfig:
         _fraction("label_smoothing", self.label_smoothing)
         _fraction("ema_decay", self.ema_decay)
         _not_negative("memory_gib", self.memory_gib)
+        _not_negative("jacobian_penalty", self.jacobian_penalty)
         _positive("checkpoint_minutes", self.checkpoint_minutes)
         _choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         ends = [phase.until for phase in self.solver_schedule]

@@ -16,17 +16,27 @@ from torch.nn import functional
 from phantomgrad import NotConvergedWarning
 from phantomgrad_hub.data.seeds import derive_seed
 from phantomgrad_hub.data.sources import Source
+from phantomgrad_hub.data.transforms import batch_transform
 from phantomgrad_hub.evaluate import Evaluation
 from phantomgrad_hub.extras import require
 
 from .average import WeightAverage
-from .build import SolverSchedule, StopRequest, attach_for_training, build_loader, build_model, build_optimizer
+from .build import (
+    SolverSchedule,
+    StopRequest,
+    TrainedModel,
+    attach_for_training,
+    build_loader,
+    build_model,
+    build_optimizer,
+)
 from .config import TrainConfig
 from .errors import TrainingError
 from .meter import Meter
 from .run import RunFolder
 from .settings import to_json
 from .state import TrainingState
+from .tracker import Tracker, check_trackers
 from .validation import Validation, ValidationStoppedError
 
 if TYPE_CHECKING:
@@ -61,7 +71,7 @@ def train(
     resuming needs. SIGTERM and Ctrl-C save and return. Raises `TrainingError` where `out` holds another run, or where
     the loss stops being finite.
     """
-    accelerator = _accelerator(config, cpu)
+    accelerator = _accelerator(config, out, cpu)
     run = RunFolder(out, writes=accelerator.is_main_process)
     identity = _identity(config, source, recipe, init)
     run.check(identity)
@@ -77,7 +87,10 @@ def train(
     # Only now: a start that fails for want of a checkpoint, of photos or of a readable one leaves no folder behind.
     run.open(identity)
     accelerator.wait_for_everyone()
-    trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    trained = TrainedModel(model, penalised=config.jacobian_penalty > 0)
+    trained, optimizer, loader = accelerator.prepare(trained, optimizer, loader)
+    mixed = batch_transform(config.augmentation, len(source.labels))
+    tracker = Tracker(accelerator, identity)
 
     total_steps = math.ceil(len(loader) / config.accumulation) * config.epochs
     state = TrainingState(run, accelerator, model, average, optimizer)
@@ -86,14 +99,14 @@ def train(
     validation = Validation(accelerator=accelerator, config=config, source=source, stop=stop)
     meter = Meter(position.step, total_steps, shown=progress and accelerator.is_main_process)
 
-    with stop.listening(), meter, warnings.catch_warnings(), suppress(ValidationStoppedError):
+    with stop.listening(), meter, tracker, warnings.catch_warnings(), suppress(ValidationStoppedError):
         warnings.simplefilter("ignore", NotConvergedWarning)
         for epoch in range(position.epoch - position.awaiting_validation, config.epochs):
             sampler.set_epoch(epoch)
             loader.dataset.set_epoch(epoch)
             loader.set_epoch(epoch)
             batches = accelerator.skip_first_batches(loader, position.batch)
-            for images, targets in () if position.awaiting_validation else batches:
+            for images, targets, replaced in () if position.awaiting_validation else batches:
                 progressed = position.step / total_steps
                 rate = config.optimizer.lr * config.schedule.factor(progressed)
                 for group in optimizer.param_groups:
@@ -105,16 +118,17 @@ def train(
                 trained.train()
                 with accelerator.accumulate(trained):
                     images = solver_schedule.resized(model.preprocessing.normalise(images))
-                    logits = trained(images.contiguous(memory_format=layout))
-                    loss = functional.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-                    accelerator.backward(loss)
+                    images, shares = mixed(images, targets)
+                    logits, penalty = trained(images.contiguous(memory_format=layout))
+                    loss = functional.cross_entropy(logits.float(), shares, label_smoothing=config.label_smoothing)
+                    accelerator.backward(loss if penalty is None else loss + config.jacobian_penalty * penalty)
                     if config.clip is not None and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained.parameters(), config.clip)
                     optimizer.step()
                     optimizer.zero_grad()
 
                 position.batch += 1
-                meter.add(loss, len(targets) * accelerator.num_processes, attachment.solution)
+                meter.add(loss, len(targets) * accelerator.num_processes, attachment.solution, replaced)
                 if not accelerator.sync_gradients:
                     continue
                 position.step += 1
@@ -124,6 +138,7 @@ def train(
                     record = meter.record()
                     state.check_finite(record["loss"])
                     run.log({"type": "train", "epoch": epoch, "step": position.step, "lr": rate, **record})
+                    tracker.log("train", {"lr": rate, **record}, position.step)
                 stopping = _agreed(accelerator, stop.signal is not None)
                 if stopping or _agreed(accelerator, meter.minutes_since_save() > config.checkpoint_minutes):
                     state.check_finite(meter.mean_loss())
@@ -139,6 +154,7 @@ def train(
                 with meter.paused("validating"):
                     found = validation.measure(average.model)
                 run.log({"type": "validation", "epoch": epoch, "step": position.step, **found.to_dict()})
+                tracker.log("validation", found.to_dict(), position.step)
                 meter.show(top1=f"{found.top1:.3f}")
                 if found.top1 >= position.best_top1:
                     position.best_top1 = found.top1
@@ -151,10 +167,15 @@ def train(
     return TrainResult(step=position.step, stopped_by=stop.signal)
 
 
-def _accelerator(config: TrainConfig, cpu: bool) -> Accelerator:
+def _accelerator(config: TrainConfig, out: str | Path, cpu: bool) -> Accelerator:
+    check_trackers(config.trackers)
     try:
         return require("accelerate", "train").Accelerator(
-            cpu=cpu, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+            cpu=cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with=list(config.trackers) or None,
+            project_dir=out,
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise TrainingError(f"mixed_precision={config.mixed_precision!r}: {error}") from error

@@ -30,6 +30,7 @@ class Meter:
 
     def _clear(self) -> None:
         self._losses: list[Tensor] = []
+        self._unreadable: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._images = 0
@@ -42,9 +43,10 @@ class Meter:
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
 
-    def add(self, loss: Tensor, images: int, solution: Solution | None) -> None:
-        """Take in one batch."""
+    def add(self, loss: Tensor, images: int, solution: Solution | None, unreadable: Tensor) -> None:
+        """Take in one batch; `unreadable` says which of its images stand for others."""
         self._losses.append(loss.detach())
+        self._unreadable.append(unreadable.sum())
         self._images += images
         if solution is not None:
             self._steps.append(solution.steps)
@@ -65,6 +67,8 @@ class Meter:
         if self._steps:
             values["solver_steps"] = float(torch.cat(self._steps).double().mean())
             values["residual"] = float(torch.cat(self._residuals).double().median())
+        if unreadable := int(torch.stack(self._unreadable).sum()) if self._unreadable else 0:
+            values["unreadable"] = unreadable
         self.show(
             loss=f"{values['loss']:.3f}",
             **{"img/s": f"{values['images_per_s']:.0f}"},
