@@ -114,7 +114,10 @@ def test_every_help_has_an_example_that_parses(command: str, capsys: pytest.Capt
         (["evaluate", "embedded", "--data", "d", "--seed", "-1"], "'-1' is not an integer of at least 0"),
         (["predict", "x.jpg", "--check", "c"], "unrecognized arguments: --check"),
         (["train", "tiny_imagenet", "--out", "run"], "--data"),
-        (["train", "huge", "--data", "d", "--out", "r"], "no recipe 'huge'; recipes are tiny_imagenet, cifar10_tiny"),
+        (
+            ["train", "huge", "--data", "d", "--out", "r"],
+            "no recipe 'huge'; recipes are tiny_imagenet, cifar10_tiny, cifar10_large",
+        ),
         (["train", "tiny_imagenet", "--data", "d", "--out", "r", "--set", "lr=1"], "did you mean optimizer.lr?"),
         (["train", "tiny_imagenet", "--data", "d", "--out", "r", "--set", "epochs=x"], "expected an integer, not 'x'"),
         (["evaluate", "embedded"], "--data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import socket
 from pathlib import Path
 
@@ -316,3 +317,57 @@ def test_rand_augment_varies_an_image_by_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(first, images[4][0])
     images.set_epoch(1)
     assert not torch.equal(first, images[4][0])
+
+
+def test_cifar10_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    with pytest.raises(
+        DataError, match=r"does not hold cifar10 as torchvision lays it out: .*download=True\) fetches it"
+    ):
+        open_source(f"cifar10:{tmp_path}")
+    folder = tmp_path / datasets.CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3 * 32 * 32), dtype=np.uint8)
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 1, 0, 9]}))
+    (folder / "meta").write_bytes(pickle.dumps({"label_names": [f"kind {index}" for index in range(10)]}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["train", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": None})
+    source = open_source(f"cifar10:{tmp_path}")
+    assert source.train.targets == source.validation.targets == [3, 1, 0, 9]
+    assert [label.name for label in source.labels][:2] == ["kind 0", "kind 1"]
+    assert np.array_equal(np.asarray(source.train.image(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_imagenet_and_imagenette_as_torchvision_lays_them_out(tmp_path: Path) -> None:
+    wnids = {
+        "n02012849": ("crane",),
+        "n03126707": ("crane",),
+        "n03710637": ("maillot",),
+        "n03710721": ("maillot", "tank suit"),
+    }
+    for split in ("train", "val"):
+        for index, wnid in enumerate(wnids):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            picture(index % 3, 0).save(tmp_path / split / wnid / "0.JPEG")
+    torch.save((wnids, ["n02012849"]), tmp_path / "meta.bin")
+    source = open_source(f"imagenet:{tmp_path}")
+    assert source.train.targets == [0, 1, 2, 3]
+    names = ["crane (n02012849)", "crane (n03126707)", "maillot", "maillot, tank suit"]
+    assert [(label.name, label.id) for label in source.labels] == list(zip(names, wnids, strict=True))
+    assert source.validation.image(0).size == (16, 16)
+    (tmp_path / "train" / "n02012849" / "0.JPEG").write_bytes(b"garbage")
+    with pytest.raises(DataError, match=r"train image 0: cannot identify image file"):
+        source.train.image(0)
+
+    datasets = pytest.importorskip("torchvision.datasets")
+    root = tmp_path / "imagenette2"
+    for split in ("train", "val"):
+        for wnid in datasets.Imagenette._WNID_TO_CLASS:
+            (root / split / wnid).mkdir(parents=True)
+            picture(0, 0).save(root / split / wnid / "0.JPEG")
+    source = open_source(f"imagenette:{tmp_path}")
+    assert source.train.targets == list(range(10))
+    assert source.labels[0].name == "tench"
+    assert source.labels[0].id == "n01440764"

@@ -25,6 +25,7 @@ from phantomgrad_hub.train.average import WeightAverage
 from phantomgrad_hub.train.build import SolverSchedule, attach_for_training, build_optimizer
 from phantomgrad_hub.train.files import repair_folder, write_file
 from phantomgrad_hub.train.files import write_folder as write_folder_atomically
+from phantomgrad_hub.train.run import RunFolder
 
 CONFIG = TrainConfig(
     model=pooled_config(
@@ -459,3 +460,22 @@ def test_an_unreadable_photo_is_counted_in_the_log(tmp_path: Path) -> None:
     Path(source.train.name(40)).write_bytes(b"garbage")
     _train(source, tmp_path / "run", replace(CONFIG, epochs=1))
     assert sum(record.get("unreadable", 0) for record in _log(tmp_path / "run", "train")) == 1
+
+
+def test_two_processes_cannot_train_in_one_folder(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(TrainingError) as caught:
+            RunFolder(tmp_path / "run").open(json.loads((tmp_path / "run" / "config.json").read_text()))
+        refused.append(str(caught.value))
+
+    with monkeypatch.context() as patch:
+        _stop_at_batch(patch, 2, second)
+        _train(source, tmp_path / "run", replace(CONFIG, epochs=1))
+    assert refused == [
+        f"{tmp_path / 'run'} is in use: another process trains there. Wait for it, stop it, or give another folder."
+    ]
+    _train(source, tmp_path / "run", replace(CONFIG, epochs=1))  # free again

@@ -20,11 +20,12 @@ def add_parser(commands: Any) -> None:
         "1 failed, 2 bad usage",
         example="phantomgrad train tiny_imagenet --data tiny-imagenet --out run --set epochs=20",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="tiny_imagenet or cifar10_tiny")
+    parser.add_argument("recipe", metavar="RECIPE", help="tiny_imagenet, cifar10_tiny, cifar10_large or imagenet_small")
     parser.add_argument(
         "--data",
         required=True,
-        help="folder of train-*.parquet and validation-*.parquet, or of one subfolder of photos a class",
+        help="folder of train-*.parquet and validation-*.parquet, or of one subfolder of photos a class, or "
+        "cifar10:FOLDER, imagenette:FOLDER, imagenet:FOLDER as torchvision lays them out",
     )
     parser.add_argument("--out", required=True, help="the run's folder: last, best, metrics.jsonl, config.json, state")
     parser.add_argument(

@@ -144,8 +144,14 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     Parquet: `train-*.parquet` and `validation-*.parquet` (or `val-`, `test-`). Folders: `train/` and `val/` (or
     `validation/`, `test/`), else the class folders themselves. Without a validation split a tenth of each class is
     held out, chosen by `seed`. A `classes.json` in the folder (rows with `label`, `wnid`, `name`) names the classes.
+    With a prefix, `cifar10:FOLDER`, `imagenette:FOLDER` or `imagenet:FOLDER`: as torchvision lays these out.
     Raises `DataError` where `path` holds no such dataset.
     """
+    from .library import LIBRARY, open_library
+
+    prefix, separator, rest = str(path).partition(":")
+    if separator and prefix in LIBRARY:
+        return open_library(prefix, Path(rest))
     root = Path(path)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"

@@ -9,7 +9,9 @@ from .errors import TrainingError as TrainingError
 from .loop import TrainResult as TrainResult
 from .loop import train as train
 from .recipes import RECIPES as RECIPES
+from .recipes import cifar10_large as cifar10_large
 from .recipes import cifar10_tiny as cifar10_tiny
+from .recipes import imagenet_small as imagenet_small
 from .recipes import tiny_imagenet as tiny_imagenet
 from .settings import apply_settings as apply_settings
 
@@ -23,7 +25,9 @@ __all__ = [
     "TrainResult",
     "TrainingError",
     "apply_settings",
+    "cifar10_large",
     "cifar10_tiny",
+    "imagenet_small",
     "tiny_imagenet",
     "train",
 ]

@@ -99,7 +99,7 @@ def train(
     validation = Validation(accelerator=accelerator, config=config, source=source, stop=stop)
     meter = Meter(position.step, total_steps, shown=progress and accelerator.is_main_process)
 
-    with stop.listening(), meter, tracker, warnings.catch_warnings(), suppress(ValidationStoppedError):
+    with run, stop.listening(), meter, tracker, warnings.catch_warnings(), suppress(ValidationStoppedError):
         warnings.simplefilter("ignore", NotConvergedWarning)
         for epoch in range(position.epoch - position.awaiting_validation, config.epochs):
             sampler.set_epoch(epoch)

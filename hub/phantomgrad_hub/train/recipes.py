@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from phantomgrad import Anderson, FixedPointIteration, NeumannPhantom, UnrolledPhantom
+from phantomgrad import Anderson, FixedPointIteration, NeumannPhantom
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.data.transforms import AugmentationConfig
+from phantomgrad_hub.models.builders import CIFAR_LARGE, CIFAR_TINY, IMAGENET_SMALL
 
 from .config import OptimizerConfig, ScheduleConfig, SolverPhase, TrainConfig
 
@@ -51,19 +53,7 @@ def tiny_imagenet() -> TrainConfig:
 def cifar10_tiny() -> TrainConfig:
     """The paper's MDEQ-Tiny on CIFAR-10: SGD 0.1 with a cosine, 18 solver steps, unrolled phantom gradient k=5."""
     return TrainConfig(
-        model=MDEQConfig(
-            channels=(24, 24),
-            head_channels=(8, 16),
-            final_channels=200,
-            num_classes=10,
-            image_size=32,
-            input_downsamplings=0,
-            injection_layer=False,
-            dropout=0.25,
-            post_fuse_affine=False,
-            gradient=UnrolledPhantom(steps=5, damping=0.5),
-            solver=FixedPointIteration(damping=0.5, max_steps=18),
-        ),
+        model=CIFAR_TINY,
         augmentation=AugmentationConfig(crop="pad", padding=0.125, flip=True),
         optimizer=OptimizerConfig(name="sgd", lr=0.1, weight_decay=1e-4, momentum=0.9),
         schedule=ScheduleConfig(warmup=0.0),
@@ -73,5 +63,28 @@ def cifar10_tiny() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny_imagenet": tiny_imagenet, "cifar10_tiny": cifar10_tiny}
+def cifar10_large() -> TrainConfig:
+    """The paper's MDEQ on CIFAR-10, 11 million parameters: 95.0 % with this gradient there, 93.8 % with the exact one."""
+    recipe = cifar10_tiny()
+    return replace(recipe, model=CIFAR_LARGE, channels_last=True)
+
+
+def imagenet_small() -> TrainConfig:
+    """The paper's MDEQ-Small on ImageNet-1k, for 8 processes of 16 images: 75.7 % with this gradient there, 75.3 % with
+    the exact one."""
+    return TrainConfig(
+        model=IMAGENET_SMALL,
+        augmentation=AugmentationConfig(crop="resized", scale=(0.08, 1.0), flip=True),
+        optimizer=OptimizerConfig(name="sgd", lr=0.05, weight_decay=5e-5, momentum=0.9),
+        schedule=ScheduleConfig(warmup=0.0),
+        epochs=100,
+        batch_size=16,
+        channels_last=True,
+        workers=4,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (tiny_imagenet, cifar10_tiny, cifar10_large, imagenet_small)
+}
 """The recipes by the name that the command line takes."""

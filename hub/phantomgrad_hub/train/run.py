@@ -9,11 +9,12 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from phantomgrad_hub.checkpoint import summarise
+from phantomgrad_hub.extras import require
 from phantomgrad_hub.json_text import json_text
 from phantomgrad_hub.models.mdeq import MDEQ
 
@@ -51,6 +52,14 @@ class RunFolder:
         self._config = self.path / "config.json"
         self._environment = self.path / "environment.json"
         self._writes = writes
+        self._lock: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise `TrainingError` unless a run of `config` may start or go on here.
@@ -75,12 +84,16 @@ class RunFolder:
             )
 
     def open(self, config: dict[str, Any]) -> None:
-        """Create the folder for a run of `config`, or make that which is there ready; raises `TrainingError`."""
+        """Create the folder for a run of `config`, or make that which is there ready; raises `TrainingError`.
+
+        No other process can open it until this one leaves the folder's context, or ends.
+        """
         if not self._writes:
             return
         self.check(config)
         try:
             self._state.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             for checkpoint in (self.last, self.best):
                 repair_folder(checkpoint)
             if not self._state.is_file():
@@ -90,6 +103,17 @@ class RunFolder:
                 write_json(self._config, config)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror}; give another folder.") from error
+
+    def _take_lock(self) -> None:
+        filelock = require("filelock", "train")
+        lock = filelock.FileLock(self._state.parent / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise TrainingError(
+                f"{self.path} is in use: another process trains there. Wait for it, stop it, or give another folder."
+            ) from error
+        self._lock = lock
 
     def _read_config(self) -> dict[str, Any]:
         """The configuration of the run that is here."""
