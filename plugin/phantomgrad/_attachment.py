@@ -18,14 +18,14 @@ from phantomgrad._arguments import StateArgument, call_forward, original_forward
 from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._communication import refuse_communication
-from phantomgrad._errors import AttachError, DivergedError, NotConvergedError
-from phantomgrad._fixed_point import Settings, requires_grad, run
+from phantomgrad._errors import AttachError, DivergedError, NotConvergedError, NotConvergedWarning
+from phantomgrad._fixed_point import Settings, run
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._parametrizations import release
 from phantomgrad._report import Report
 from phantomgrad._solution import Solution
-from phantomgrad._state import State
-from phantomgrad._transforms import outside_the_compiler
+from phantomgrad._state import State, requires_grad
+from phantomgrad._transforms import compiled, outside_the_compiler
 from phantomgrad.gradients import Gradient
 from phantomgrad.solvers import Solver
 
@@ -85,7 +85,7 @@ class Attachment(Bound):
         self._report.where = self._where
         self._compiled: Callable[..., Any] | None = None
         if self._compile:
-            self._compiled = torch.compile(type(self.module).forward if self._previous is None else self._previous)
+            self._compiled = compiled(type(self.module).forward if self._previous is None else self._previous)
 
     def _copied_state(self) -> dict[str, Any]:
         fresh = ("_thread", "_where", "_compiled")
@@ -139,7 +139,7 @@ class Attachment(Bound):
 
     @property
     def unconverged(self) -> int:
-        """How many solves so far left a sample above its tolerance."""
+        """How many solves so far, forward and in backward, did not reach what they were asked for."""
         return self._report.unconverged
 
     @contextmanager
@@ -238,13 +238,16 @@ class Attachment(Bound):
         if settings.process_group is None:
             refuse_communication(module)
         scope = OncePerSolve(module, ahead=self._compile)
-        cell = Cell(call, z0, output=self._output, where=self._where, scope=scope, compiled=self._compile)
+        cell = Cell(
+            call, z0, output=self._output, where=self._where, scope=scope, compiled=self._compile, returns_more=True
+        )
         if torch.is_grad_enabled() and not settings.gradient.records_solve:
             self._check_start(z0, cell, others, module)
         try:
             leaves, solution = run(cell, settings, visible=_chain(others, module), report=self._report)
-        except (DivergedError, NotConvergedError) as error:
-            thread.solution = error.solution
+        except (DivergedError, NotConvergedError, NotConvergedWarning) as error:
+            if self._report.has_raised(error):
+                thread.solution = error.solution
             raise
         thread.solution = solution
         thread.last_output = [weakref.ref(leaf) for leaf in leaves]

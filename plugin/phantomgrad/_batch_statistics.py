@@ -4,11 +4,13 @@ Note [Batch statistics]
 In training mode BatchNorm updates its running statistics at every evaluation. During a solve each evaluation updates a
 scratch copy instead, and one of them counts: the first after the solve, which is that at the solution, or the solver's last
 where none follows. The module's own buffers change at the end of the call only, so no buffer that a graph has saved is
-written to. A scratch copy knows the buffer it stands for: another thread that finds it in the module takes that one.
+written to. A scratch copy knows the buffer it stands for, which another thread that finds the copy in the module takes
+instead; a solve within an evaluation of this thread's takes the copy, as it would the module's own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -24,12 +26,18 @@ _STANDS_FOR = "_phantomgrad_stands_for"
 _Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
+def _seen_from_here(buffer: Tensor) -> Tensor:
+    """The buffer itself, or what it stands for where another thread has put it into the module."""
+    thread, stands_for = getattr(buffer, _STANDS_FOR, (threading.get_ident(), buffer))
+    return buffer if thread == threading.get_ident() else _seen_from_here(stands_for)
+
+
 class BatchStatistics:
     """The running statistics of the norms in training within one call."""
 
     def __init__(self, norms: list[NormBase]) -> None:
         self._own: _Buffers = [
-            (norm, name, getattr(buffer, _STANDS_FOR, buffer))
+            (norm, name, _seen_from_here(buffer))
             for norm in norms
             for name in _NAMES
             if (buffer := norm._buffers.get(name)) is not None
@@ -43,7 +51,7 @@ class BatchStatistics:
         """One evaluation, on scratch copies."""
         scratch = [buffer.clone() for _, _, buffer in self._own]
         for (norm, name, buffer), copy in zip(self._own, scratch, strict=True):
-            setattr(copy, _STANDS_FOR, buffer)
+            setattr(copy, _STANDS_FOR, (threading.get_ident(), buffer))
             norm._buffers[name] = copy
         try:
             yield

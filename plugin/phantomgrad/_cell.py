@@ -7,7 +7,8 @@ state's dtype, and holds what must stay the same between the evaluations of one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from phantomgrad._errors import PhantomGradError, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._randomness import Replay
-from phantomgrad._state import Leaves, State, Structure, describe
+from phantomgrad._state import Leaves, State, Structure, describe, requires_grad
 from phantomgrad._transforms import is_vmapped
 
 
@@ -24,7 +25,7 @@ class Cell:
     """The map `f` for the duration of one call.
 
     `step` takes a state and returns the next one, or with `output` (a position or key) something larger that contains
-    it; the rest of the latest evaluation is kept in `returned`.
+    it; with `returns_more` the latest evaluation's is kept in `returned` until `replace_state` takes it.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Cell:
         where: Callable[[], str] = lambda: "",
         scope: OncePerSolve | None = None,
         compiled: bool = False,
+        returns_more: bool = False,
     ) -> None:
         self.structure = Structure.of(state, where)
         leaves = self.structure.flatten(state)
@@ -48,11 +50,12 @@ class Cell:
         self.compiled = compiled
         self.returned: Any = None
         """What the map returned last, where the state is only one part of it."""
-        self.returns_more = output is not None
+        self.returns_more = returns_more and output is not None
         self._given: Leaves = leaves
         self._step = step
         self._output = output
         self._evaluated = False
+        self._finished = False
         self._scope = scope if scope is not None and scope.needed else None
         self._randomness = Replay(leaves[0].device)
         self._signature = tuple((leaf.shape, leaf.device) for leaf in leaves)
@@ -111,6 +114,7 @@ class Cell:
 
     def finish(self) -> None:
         """After the last evaluation of the forward pass: make the updates that one evaluation would have made."""
+        self._finished = True
         self._randomness.finish()
         if self._scope is not None:
             self._scope.commit()
@@ -147,18 +151,19 @@ class Cell:
     def _select(self, state: State, returned: Any) -> State:
         if self._output is None:
             return returned
-        self.returned = returned
+        if self.returns_more and not self._finished:  # later evaluations, in backward, belong to the graph
+            self.returned = returned
         if isinstance(returned, Tensor):
             raise StateMismatchError(
                 f"The map returned a tensor{self.where()}, {describe(returned)}, which has no parts: leave out "
                 f"output={self._output!r}."
             )
-        try:
-            return returned[self._output]
-        except (KeyError, IndexError, TypeError):
-            raise StateMismatchError(
-                f"The map returned {describe(returned)}{self.where()}, which has no part output={self._output!r}."
-            ) from None
+        if isinstance(returned, (tuple, list, dict)):
+            with suppress(KeyError, IndexError, TypeError):
+                return returned[self._output]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        raise StateMismatchError(
+            f"The map returned {describe(returned)}{self.where()}, which has no part output={self._output!r}."
+        )
 
     def _mismatch(self, state: State, image: Any) -> StateMismatchError:
         hint = ""
@@ -169,9 +174,17 @@ class Cell:
             f"A fixed point needs the same structure, shapes, dtypes and device.{hint}"
         )
 
+    @property
+    def rest_requires_grad(self) -> bool:
+        """Whether anything requires grad that the latest evaluation returned beside the state."""
+        if not self.returns_more:
+            return False
+        state = self.returned[self._output]
+        return any(map(requires_grad, _rest(self.returned, state)))
+
     def replace_state(self, value: State) -> Any:
-        """What the map returned last, with `value` in place of its state."""
-        returned = self.returned
+        """What the map returned last, which this no longer refers to, with `value` in place of its state."""
+        returned, self.returned = self.returned, None
         if isinstance(returned, dict):
             replaced = copy.copy(returned)
             replaced[self._output if self._output in returned else list(returned)[int(self._output or 0)]] = value
@@ -182,6 +195,13 @@ class Cell:
         if isinstance(returned, list):
             return parts
         return type(returned)(*parts) if hasattr(returned, "_fields") else type(returned)(parts)
+
+
+def _rest(returned: Any, state: State) -> Iterator[Any]:
+    """The parts of what the map returned that are not its state."""
+    for part in returned.values() if isinstance(returned, dict) else returned:
+        if part is not state:
+            yield part
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -32,15 +32,18 @@ class DivergedError(PhantomGradError, RuntimeError):
     """The iteration produced a state that is not finite."""
 
     solution: Solution | None = None
-    """How far the solve came."""
+    """How far the solve came; None where it was one of backward."""
 
 
 class NotConvergedError(PhantomGradError, RuntimeError):
     """The solver ran out of steps before every sample reached its tolerance."""
 
     solution: Solution | None = None
-    """How far the solve came."""
+    """How far the solve came; None where it was one of backward."""
 
 
 class NotConvergedWarning(PhantomGradError, UserWarning):
     """The solver ran out of steps before every sample reached its tolerance."""
+
+    solution: Solution | None = None
+    """How far the solve came, where the warning is raised as an error; None where it was one of backward."""

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from phantomgrad._cell import Cell
-from phantomgrad._errors import DivergedError, NotConvergedError, StateMismatchError
+from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._progress import Agree
 from phantomgrad._report import OnFailure, Report
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve, Solution, Trace
 from phantomgrad._solve import solve
-from phantomgrad._state import Leaves, State, describe, detach
+from phantomgrad._state import Leaves, State, describe, detach, requires_grad
 from phantomgrad._transforms import in_forward_mode, outside_the_compiler, without_tangents
 from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.gradients._base import Problem, Refinement
@@ -158,8 +158,9 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
         if solver.max_steps > 0:
             report(solved, "the fixed point", solver, settings.on_failure)
         leaves = _connected(cell, gradient, problem) if wants_grad else _constant(cell, gradient, problem, recorded)
-    except (DivergedError, NotConvergedError) as error:
-        error.solution = _solution(cell, solved.image, problem)
+    except (DivergedError, NotConvergedError, NotConvergedWarning) as error:
+        if report.has_raised(error):  # and not that of an attached module inside the map
+            error.solution = _solution(cell, solved.image, problem)
         raise
     cell.finish()
     return leaves, _solution(cell, leaves, problem)
@@ -175,7 +176,7 @@ def _connected(cell: Cell, gradient: Gradient, problem: Problem) -> Leaves:
         leaves = _with_values(solved.image, leaves)
     elif solved.any_diverged:  # a sample that was never finite keeps its start, as it does without grad
         leaves = problem.samples.where(torch.isfinite(solved.residual), leaves, solved.image)
-    if cell.returns_more and not gradient.connects_last_evaluation:
+    if cell.rest_requires_grad and not gradient.connects_last_evaluation:
         # What the map returns beside the state depends on the solution, and so on everything through it.
         cell(_with_values(solved.point, leaves))
     return leaves
@@ -241,22 +242,13 @@ class _Probe:
         self._asked = True
         with torch.enable_grad():
             image = self._cell(leaves)
-        self.found = any(leaf.requires_grad for leaf in image)
+        self.found = any(leaf.requires_grad for leaf in image) or self._cell.rest_requires_grad
         return detach(image)
 
 
 def _with_values(values: Leaves, leaves: Leaves) -> Leaves:
     """The given values with the gradient of others."""
     return tuple(value + (leaf - leaf.detach()) for value, leaf in zip(values, leaves, strict=True))
-
-
-def requires_grad(value: Any) -> bool:
-    """Whether an argument is, or holds, a tensor that requires grad."""
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, dict):
-        return any(requires_grad(part) for part in value.values())
-    return isinstance(value, (tuple, list)) and any(requires_grad(part) for part in value)
 
 
 def _tolerance_dtype(samples: Samples) -> torch.dtype:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
-from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning
+from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning, PhantomGradError
 from phantomgrad._solve import Solved
 from phantomgrad.solvers import Anderson, FixedPointIteration, Solver
 
@@ -25,15 +26,27 @@ class Report:
         self.unconverged = 0
         self.where = where
         self._warned: set[str] = set()
+        self._raised: weakref.ref[BaseException] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "where": None}
+        # A copy has solved nothing and warned of nothing.
+        return {**self.__dict__, "where": None, "unconverged": 0, "_warned": set(), "_raised": None}
 
     def warn_once(self, topic: str, message: Callable[[], str], category: type[Warning] = UserWarning) -> None:
         """Warn, but only the first time about each topic; only then is the message made."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message(), category, stacklevel=_outside_stacklevel())
+        if topic in self._warned:
+            return
+        stacklevel = _outside_stacklevel()
+        try:
+            warnings.warn(message(), category, stacklevel=stacklevel)
+        except PhantomGradError as warning:  # a filter has made it an error, of which every call is one
+            self._raised = weakref.ref(warning)
+            raise
+        self._warned.add(topic)
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Whether `error` is of this report's making."""
+        return self._raised is not None and self._raised() is error
 
     def __call__(
         self, solved: Solved, what: str, solver: Solver | None = None, on_failure: OnFailure | None = None
@@ -41,9 +54,11 @@ class Report:
         """Act on a finished solve of `what` by `solver`."""
         on_failure = on_failure or self.on_failure
         if solved.any_diverged and on_failure != "ignore":
-            raise DivergedError(
-                f"{_sentence(what)} diverged{self.where()}: {_count(solved.diverged)} not finite after "
-                f"{_steps(solved)}. {_cure_of_divergence(solved)}"
+            self.fail(
+                DivergedError(
+                    f"{_sentence(what)} diverged{self.where()}: {_count(solved.diverged)} not finite after "
+                    f"{_steps(solved)}. {_cure_of_divergence(solved)}"
+                )
             )
         if solved.all_converged or torch.compiler.is_exporting():
             return
@@ -57,12 +72,17 @@ class Report:
             on_failure,
         )
 
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error`."""
+        self._raised = weakref.ref(error)
+        raise error
+
     def failed(self, topic: str, message: Callable[[], str], on_failure: OnFailure | None = None) -> None:
         """Count a result that is not what was asked for, and raise or warn, by `on_failure`."""
         on_failure = on_failure or self.on_failure
         self.unconverged += 1
         if on_failure == "raise":
-            raise NotConvergedError(message())
+            self.fail(NotConvergedError(message()))
         if on_failure == "warn":  # the message reads from the device and looks for the module's path
             self.warn_once(topic, message, NotConvergedWarning)
 
@@ -100,11 +120,11 @@ def _count(failed: Tensor) -> str:
 
 
 def _outside_stacklevel() -> int:
-    """The `stacklevel` that shows a warning at the first caller outside phantomgrad and torch's module machinery."""
+    """The `stacklevel` that shows a warning at the first caller outside phantomgrad and torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("phantomgrad.", "phantomgrad_hub.", "torch.nn.modules.module", "torch.autograd")):
+        if not name.startswith(("phantomgrad.", "phantomgrad_hub.", "torch.")):
             break
         level, frame = level + 1, frame.f_back
     return level

@@ -102,6 +102,11 @@ class Samples:
                 leaves.append(rows.reshape(moved).movedim(0, dim))
         return tuple(leaves)
 
+    @property
+    def entries(self) -> int:
+        """How many numbers a sample has."""
+        return sum(map(self._width, self.shapes))
+
     def _width(self, shape: torch.Size) -> int:
         """How many entries of a tensor belong to each sample."""
         return math.prod(shape) // max(self.count, 1)

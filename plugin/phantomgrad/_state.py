@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -116,3 +116,16 @@ def damped(point: Leaves, image: Leaves, damping: float) -> Leaves:
     if damping == 1.0:
         return image
     return tuple(torch.lerp(z, fz, damping) for z, fz in zip(point, image, strict=True))
+
+
+def requires_grad(value: Any) -> bool:
+    """Whether an argument or a result is, or holds, a tensor that requires grad."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(requires_grad(part) for part in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(requires_grad(part) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(requires_grad(getattr(value, entry.name)) for entry in fields(value))
+    return False

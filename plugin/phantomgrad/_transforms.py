@@ -39,6 +39,28 @@ def outside_the_compiler(function: Callable[Arguments, Result]) -> Callable[Argu
     return call
 
 
+def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, compiled so that its backward can run several times, as the products with one evaluation do."""
+    fast = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with keeping_buffers():
+            return fast(*args, **kwargs)
+
+    return call
+
+
+def keeping_buffers() -> AbstractContextManager[Any]:
+    """A context in which compiled functions do not hand over at the first backward what a second one needs.
+
+    torch asks at compilation and at each backward.
+    """
+    import torch._functorch.config as functorch
+
+    return functorch.patch(donated_buffer=False)
+
+
 def is_vmapped(tensor: Tensor) -> bool:
     """Whether `torch.func.vmap` maps over this tensor, at any level."""
     while is_functorch_wrapped_tensor(tensor):

@@ -20,6 +20,7 @@ from phantomgrad import (
     FixedPointIteration,
     Gradient,
     Implicit,
+    KrylovPhantom,
     NeumannPhantom,
     PhantomGradError,
     UnrolledPhantom,
@@ -189,6 +190,32 @@ def test_nothing_of_the_compiler_is_imported_without_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+class BatchNormed(nn.Module):
+    """A cell whose compiled backward would hand over its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.weight = nn.Parameter(0.3 * torch.eye(4))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.3 * self.norm(z @ self.weight + x))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend of torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch's own modules
+@pytest.mark.parametrize("gradient", [KrylovPhantom(), NeumannPhantom(), Implicit()], ids=repr)
+def test_a_compiled_cell_is_differentiated_several_times(gradient: Gradient) -> None:
+    torch.manual_seed(0)
+    x, grads = torch.randn(8, 4), []
+    for compile in (False, True):
+        cell = BatchNormed()
+        attach(cell, gradient, batch_dim=None, compile=compile)
+        cell(torch.zeros(8, 4), x).sum().backward()
+        grads.append([parameter.grad for parameter in cell.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
 def test_an_attached_module_is_exported_by_itself() -> None:

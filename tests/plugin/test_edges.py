@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict, namedtuple
+import gc
+import pickle
+import weakref
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,6 +36,7 @@ from phantomgrad import (
     StateMismatchError,
     UnrolledPhantom,
     attach,
+    attachments,
     equilibrium,
     fixed_point,
     is_attached,
@@ -296,8 +301,6 @@ def test_the_exact_gradient_is_as_exact_for_a_loss_of_any_scale(scale: float, so
 
 def attach_exact(cell: Cell) -> Any:
     """The same cell with an adjoint to rounding."""
-    from phantomgrad import attachments
-
     [attachment] = attachments(cell)
     return attachment.using(gradient=Implicit(rtol=1e-12))
 
@@ -516,3 +519,264 @@ def test_one_step_at_a_given_solution_works_within_torch_func() -> None:
         return fixed_point(lambda z: 0.5 * z + x, start, gradient=OneStep(), solver=solver).value.sum()
 
     torch.testing.assert_close(torch.func.grad(loss)(torch.ones(2, 3)), torch.ones(2, 3))
+
+
+# -- failures: where they are reported, and whose they are -------------------------------------------------------------------
+
+
+def _steep(z: Tensor, a: Tensor, x: Tensor) -> Tensor:
+    return torch.exp(a * z * x) * x
+
+
+@pytest.mark.parametrize(
+    "gradient", [UnrolledPhantom(steps=9, damping=1.0), UnrolledPhantom(steps=9, damping=1.0, recompute=True)]
+)
+def test_unrolled_steps_to_infinity_raise_or_keep_the_solution(gradient: Gradient) -> None:
+    a, x = torch.ones((), dtype=DTYPE, requires_grad=True), torch.tensor([[0.2], [2.0]], dtype=DTYPE)
+    start, solver = torch.full((2, 1), 0.1, dtype=DTYPE), FixedPointIteration(max_steps=1)
+    text = r"^The 9 steps of UnrolledPhantom diverged: 1 of 2 samples are not finite"
+    with pytest.warns(NotConvergedWarning), pytest.raises(DivergedError, match=text):
+        fixed_point(_steep, start, a, x, gradient=gradient, solver=solver)
+    solution = fixed_point(_steep, start, a, x, gradient=gradient, solver=solver, on_failure="ignore")
+    with torch.no_grad():
+        constant = fixed_point(_steep, start, a, x, gradient=gradient, solver=solver, on_failure="ignore")
+    assert solution.value[1] == constant.value[1]
+    (found,) = torch.autograd.grad(solution.value.sum(), a)
+    alone = fixed_point(_steep, start[:1], a, x[:1], gradient=gradient, solver=solver, on_failure="ignore")
+    torch.testing.assert_close(found, torch.autograd.grad(alone.value.sum(), a)[0])
+
+
+def test_a_sample_that_did_not_converge_does_not_hide_one_that_was_led_away() -> None:
+    slopes = torch.tensor([[-8.0], [0.999]], dtype=DTYPE, requires_grad=True)
+    start = torch.tensor([[(1 + 1e-7) / 9], [0.0]], dtype=DTYPE)
+    solution = fixed_point(
+        lambda z: slopes * z + 1, start, solver=FixedPointIteration(rtol=1e-6, max_steps=5), on_failure="ignore"
+    )
+    assert solution.converged.tolist() == [False, False]
+    assert not fixed_point(
+        lambda z: slopes.detach() * z + 1,
+        start,
+        solver=FixedPointIteration(rtol=1e-6, max_steps=5),
+        on_failure="ignore",
+    ).converged[1]
+
+
+class Nested(nn.Module):
+    """A cell that calls a cell of another shape."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.inner = Cell(4, gain=gain)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        inner = self.inner(torch.zeros(5, 4, dtype=DTYPE), torch.full((5, 4), 0.3, dtype=DTYPE))
+        return 0.5 * z + x + inner.mean()
+
+
+def test_the_failure_of_a_cell_inside_is_not_the_outer_ones() -> None:
+    cell = Nested(gain=1.5)
+    inner = attach(cell.inner, solver=FixedPointIteration(max_steps=2), on_failure="raise")
+    outer = attach(cell)
+    x = torch.zeros(2, 3, dtype=DTYPE)
+    with pytest.raises(NotConvergedError, match=r"in Nested\.inner") as failed:
+        cell(x, x)
+    assert failed.value.solution is inner.solution is not None
+    assert inner.solution.value.shape == (5, 4)
+    assert outer.solution is None
+
+
+def test_batch_norm_inside_two_solves_is_updated_once() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4).double()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.3 * torch.tanh(self.norm(z + x))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * self.inner(torch.zeros_like(z), z + x)
+
+    cell, x = Outer(), torch.randn(6, 4, dtype=DTYPE)
+    attach(cell.inner, batch_dim=None)
+    attach(cell, batch_dim=None)
+    own = [id(buffer) for buffer in cell.buffers()]
+    for calls in (1, 2):
+        cell(torch.zeros_like(x), x)
+        assert cell.inner.norm.num_batches_tracked == calls
+    assert [id(buffer) for buffer in cell.buffers()] == own
+
+
+def test_a_copy_and_a_pickle_warn_anew() -> None:
+    model = nn.ModuleList([Cell(gain=1.5)])
+    attach(model[0], solver=FixedPointIteration(max_steps=2))
+    x = torch.full((1, 4), 0.3, dtype=DTYPE)
+    with pytest.warns(NotConvergedWarning):
+        model[0](x, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        [attachment] = attachments(other)
+        assert attachment.unconverged == 0
+        with pytest.warns(NotConvergedWarning):
+            other[0](x, x)
+
+
+def test_a_warning_made_an_error_is_one_every_time_and_leaves_the_solution() -> None:
+    cell, x = Cell(gain=1.5), torch.full((1, 4), 0.3, dtype=DTYPE)
+    attachment = attach(cell, solver=FixedPointIteration(max_steps=2))
+    for _ in range(2):  # the tests' own filter
+        with pytest.raises(NotConvergedWarning) as raised:
+            cell(x, x)
+        assert attachment.solution is raised.value.solution is not None
+
+
+def test_a_warning_of_backward_points_at_the_callers_line() -> None:
+    cell, x = Cell(gain=0.95), torch.randn(3, 4, dtype=DTYPE)
+    attach(cell, AdaptivePhantom(target=1e-12, max_steps=2), solver=EXACT)
+    z = cell(torch.zeros_like(x), x)
+    with pytest.warns(NotConvergedWarning, match="AdaptivePhantom stopped") as caught:
+        z.sum().backward()
+    assert caught[0].filename == __file__
+
+
+def test_adaptive_says_nothing_where_the_solve_has_been_reported() -> None:
+    cell, x = Cell(gain=0.95), torch.randn(3, 4, dtype=DTYPE)
+    attach(cell, AdaptivePhantom(target=1e-12, max_steps=2), solver=FixedPointIteration(max_steps=2))
+    with pytest.warns(NotConvergedWarning, match="The fixed point did not converge") as caught:
+        cell(torch.zeros_like(x), x).sum().backward()
+    assert len(caught) == 1
+
+
+# -- half precision --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adjoint_of_subnormal_numbers_settles_as_far_as_they_can() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.copy_(0.7 * torch.linalg.qr(torch.randn(64, 64)).Q)
+    layer.half()
+    x = torch.randn(64, 64, dtype=torch.float16)
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(layer(z) + x)
+
+    solution = fixed_point(cell, torch.zeros_like(x), x, gradient=Implicit(), solver=Anderson(), on_failure="raise")
+    solution.value.backward(torch.full_like(x, 3e-7))  # warnings and NotConvergedError would be errors
+    assert solution.adjoint.steps is not None
+    assert solution.adjoint.steps < 30
+
+
+@pytest.mark.parametrize("scale", [1e4, 6e4])
+def test_an_adjoint_that_overflows_float16_is_the_loss_scalers_to_skip(scale: float) -> None:
+    x = torch.ones(2, 3, dtype=torch.float16, requires_grad=True)
+    value = fixed_point(
+        lambda z: 0.97 * z + 0.01 * x,
+        torch.zeros(2, 3, dtype=torch.float16),
+        gradient=Implicit(),
+        solver=Anderson(),
+        on_failure="ignore",
+    ).value
+    value.backward(torch.full_like(value, scale))
+    assert x.grad is not None
+    assert not torch.isfinite(x.grad).all()
+
+
+# -- more of what is returned beside the state ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+@pytest.mark.parametrize("use", ["nothing", "state", "beside", "both"])
+def test_no_graph_is_left_by_what_is_returned_beside_the_state(gradient: Gradient, use: str) -> None:
+    solver = Broyden(max_steps=100) if isinstance(gradient, Shine) else EXACT
+    cell = WithHead()
+    attach(cell, gradient, solver=solver, output=0, on_failure="ignore")
+    x = torch.randn(3, 4, dtype=DTYPE, requires_grad=True) * 1
+    left = weakref.ref(x)
+    gc.disable()
+    try:
+        z, beside = cell(torch.zeros(3, 4, dtype=DTYPE), x)
+        parts = {"nothing": [], "state": [z], "beside": [beside], "both": [z, beside]}[use]
+        if parts:
+            sum(part.sum() for part in parts).backward()
+        del z, beside, parts, x
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_what_depends_on_a_captured_tensor_alone_has_its_gradient() -> None:
+    w = torch.ones(3, dtype=DTYPE, requires_grad=True)
+
+    class Beside(nn.Module):
+        def forward(self, z: Tensor, x: Tensor) -> Any:
+            return torch.tanh(0.3 * z + x), (z * w).sum()
+
+    for gradient in (NeumannPhantom(), Implicit(), UnrolledPhantom(), OneStep()):
+        cell = Beside()
+        attach(cell, gradient, output=0)
+        z, beside = cell(torch.zeros(2, 3, dtype=DTYPE), torch.ones(2, 3, dtype=DTYPE))
+        torch.testing.assert_close(torch.autograd.grad(beside, w)[0], z.detach().sum(0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beside", [None, 3, "text", torch.zeros(2), {"a": [torch.zeros(1)]}], ids=repr)
+def test_what_carries_no_gradient_costs_no_evaluation(beside: Any) -> None:
+    counts = []
+    for rest in (beside, None):
+        evaluations = []
+
+        class Counting(Cell):
+            def forward(self, z: Tensor, x: Tensor, rest: Any = rest, seen: list[int] = evaluations) -> Any:
+                seen.append(1)
+                return super().forward(z, x), rest
+
+        cell = Counting()
+        attach(cell, KrylovPhantom(), solver=EXACT, output=0)
+        cell(torch.zeros(2, 4, dtype=DTYPE), torch.ones(2, 4, dtype=DTYPE))
+        counts.append(len(evaluations))
+    bare = Cell()
+    attachment = attach(bare, KrylovPhantom(), solver=EXACT)
+    bare(torch.zeros(2, 4, dtype=DTYPE), torch.ones(2, 4, dtype=DTYPE))
+    assert attachment.solution is not None
+    assert counts == [int(attachment.solution.steps.max()) + 1] * 2
+
+
+def test_a_mapping_that_is_no_dict_is_refused() -> None:
+    class Mapped(Cell):
+        def forward(self, z: Tensor, x: Tensor) -> Any:
+            return UserDict(z=super().forward(z, x))
+
+    cell = Mapped()
+    attach(cell, output="z")
+    with pytest.raises(StateMismatchError, match=r"returned a UserDict in Mapped, which has no part output='z'\."):
+        cell(torch.zeros(1, 4, dtype=DTYPE), torch.zeros(1, 4, dtype=DTYPE))
+
+
+def test_an_input_inside_a_dataclass_counts_as_an_input() -> None:
+    @dataclass
+    class Inputs:
+        x: Tensor
+
+    class Wrapped(Cell):
+        def forward(self, z: Tensor, inputs: Inputs) -> Tensor:
+            return super().forward(z, inputs.x)
+
+    cell, x = Wrapped(), torch.randn(2, 4, dtype=DTYPE, requires_grad=True)
+    attach(cell, solver=EXACT)
+    cell(torch.zeros(2, 4, dtype=DTYPE, requires_grad=True), Inputs(x)).sum().backward()  # warnings are errors
+    assert x.grad is not None
+
+
+def test_a_forward_tolerance_that_is_absolute_alone_is_not_the_adjoints() -> None:
+    cell, x = Cell(gain=0.9), torch.randn(3, 4, dtype=DTYPE)
+    for rtol in (0.0, 1e-20):
+        attachment = attach(cell, Implicit(), solver=Anderson(rtol=rtol, atol=1e-9), on_failure="raise")
+        cell(torch.zeros_like(x), x).sum().backward()
+        assert attachment.solution is not None
+        assert attachment.solution.adjoint.residual is not None
+        assert attachment.solution.adjoint.residual.max() <= 1e-8
+        attachment.remove()

@@ -40,10 +40,16 @@ class AdaptivePhantom(Gradient):
     def connect(self, problem: Problem) -> Leaves:
         samples, statistics, agree, report = problem.samples, problem.adjoint, problem.agree, problem.report
 
+        settled = problem.solved.all_converged
+
         def transform(vjp: VJP, cotangent: Leaves) -> Leaves:
             adjoint = self._adjoint(vjp, cotangent, samples, statistics, agree)
             error = statistics.residual
-            if self.max_steps > 1 and error is not None and bool((error > self.target).any()):
+            # Where the solve itself fell short, which was reported, no adjoint is worth a word.
+            if self.max_steps == 1 or error is None or not settled:
+                return adjoint
+            met = ~(error > self.target).any()
+            if not bool(met if agree is None else agree(met)):
                 report.failed(
                     "adaptive",
                     lambda: (

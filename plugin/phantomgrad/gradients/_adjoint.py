@@ -12,8 +12,8 @@ The record keeps gradient edges (nodes of the graph), not tensors, so no referen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from phantomgrad._errors import PhantomGradError
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves
-from phantomgrad._transforms import in_function_transform
+from phantomgrad._transforms import in_function_transform, keeping_buffers
 from phantomgrad.gradients._saved import SavedOnce
 
 VJP = Callable[[Leaves], Leaves]
@@ -47,7 +47,7 @@ def record_tape(evaluate: Map, point: Leaves) -> tuple[Tape, Leaves]:
     saved = SavedOnce.where_hooked()
     with saved.recording() if saved else nullcontext():
         outputs = evaluate(inputs)
-    return Tape(inputs, outputs, saved), outputs
+    return Tape(inputs, outputs, saved, compiled=getattr(evaluate, "compiled", False)), outputs
 
 
 BACKWARD_ONLY = (
@@ -59,8 +59,9 @@ BACKWARD_ONLY = (
 class Tape:
     """The edges of one recorded evaluation."""
 
-    def __init__(self, inputs: Leaves, outputs: Leaves, saved: SavedOnce | None = None) -> None:
+    def __init__(self, inputs: Leaves, outputs: Leaves, saved: SavedOnce | None, *, compiled: bool) -> None:
         self._saved = saved
+        self._compiled = compiled
         self._inputs = tuple(get_gradient_edge(leaf) for leaf in inputs)
         self._outputs: tuple[GradientEdge | None, ...] = tuple(
             get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs
@@ -92,9 +93,14 @@ class Tape:
             torch.zeros_like(g) if product is None else product for product, g in zip(products, cotangent, strict=True)
         )
 
-    def products(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def products(self) -> Generator[None, None, None]:
         """Around all products of one backward pass; see Note [Saved tensors]."""
-        return self._saved.unpacked() if self._saved else nullcontext()
+        with (
+            self._saved.unpacked() if self._saved else nullcontext(),
+            keeping_buffers() if self._compiled else nullcontext(),
+        ):
+            yield
 
 
 class _Barrier(torch.autograd.Function):

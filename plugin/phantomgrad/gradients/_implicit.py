@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from phantomgrad._options import check_number
+from phantomgrad._samples import Samples
 from phantomgrad._solve import solve
 from phantomgrad._state import Leaves
 from phantomgrad.gradients._adjoint import VJP
@@ -40,16 +41,15 @@ class Implicit(Gradient):
         solver = replace(self.solver or problem.solver, trace=None)
         if solver.max_steps == 0:  # the start was taken as the solution; its adjoint still has to be solved for
             solver = replace(solver, max_steps=Solver.max_steps)
-        solver = self._with_relative_tolerance(solver)
         samples, dtype = problem.samples, problem.tolerance_dtype
+        solver = self._with_relative_tolerance(solver, samples)
         statistics, report, agree = problem.adjoint, problem.report, problem.agree
 
         def solve_adjoint(vjp: VJP, cotangent: Leaves) -> tuple[Leaves, Leaves]:
             finite = torch.stack([torch.isfinite(g).all() for g in cotangent]).all()
             if not bool(finite if agree is None else agree(finite)):
                 # The overflow is the caller's, not the equation's: loss scaling looks for it, to skip the step.
-                nothing = tuple(torch.full_like(g, torch.nan) for g in cotangent)
-                return nothing, nothing
+                return _nothing(cotangent)
             solved = solve(
                 lambda v: tuple(map(torch.add, vjp(v), cotangent)),
                 cotangent,
@@ -60,16 +60,29 @@ class Implicit(Gradient):
                 agree=agree,
             )
             statistics.record(int(solved.steps.max()) + 1, solved.residual)
+            if solved.any_diverged and torch.float16 in samples.dtypes:
+                return _nothing(cotangent)  # the adjoint of a finite cotangent may overflow as well
             report(solved, "the adjoint equation of Implicit", solver)
             return solved.point, solved.image
 
         return record_exact(problem.evaluate, problem.solved.point, solve_adjoint, twice=not problem.compiled)
 
-    def _with_relative_tolerance(self, solver: Solver) -> Solver:
-        """`solver` without an absolute tolerance, unless it was asked for: cotangents may have any scale."""
-        if self.rtol is not None:
-            return replace(solver, rtol=self.rtol, atol=0.0)
-        if self.solver is not None and solver.atol is not None:
+    def _with_relative_tolerance(self, solver: Solver, samples: Samples) -> Solver:
+        """`solver` without an absolute tolerance, unless it was asked for: cotangents may have any scale.
+
+        What is left is the rounding of numbers so small that they have fewer digits, which is coarse in float16.
+        """
+        if self.rtol is None and self.solver is not None and solver.atol is not None:
             return solver
-        # A forward tolerance that is absolute alone says nothing about the adjoint's.
-        return replace(solver, rtol=None if solver.rtol == 0 and solver.atol else solver.rtol, atol=0.0)
+        numbers = max(map(torch.finfo, samples.dtypes), key=lambda finfo: finfo.tiny * finfo.eps)
+        rounding = numbers.tiny * numbers.eps * samples.entries**0.5
+        rtol = solver.rtol if self.rtol is None else self.rtol
+        if self.rtol is None and rtol is not None and rtol < numbers.eps and solver.atol:
+            rtol = None  # a forward tolerance that is absolute alone says nothing about the adjoint's
+        return replace(solver, rtol=rtol, atol=rounding)
+
+
+def _nothing(cotangent: Leaves) -> tuple[Leaves, Leaves]:
+    """An adjoint that is not finite, and its image."""
+    nothing = tuple(torch.full_like(g, torch.nan) for g in cotangent)
+    return nothing, nothing

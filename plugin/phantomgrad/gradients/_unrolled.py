@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phantomgrad._errors import PhantomGradError
+from phantomgrad._errors import DivergedError, PhantomGradError
 from phantomgrad._options import check_boolean, check_integer, check_number
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves, damped, detach
@@ -53,31 +54,55 @@ class UnrolledPhantom(Gradient):
         for _ in range(self.steps):
             before = h
             h = self._checkpointed_step(problem.evaluate, h) if self.recompute else self._step(problem.evaluate, *h)
-        if problem.solved.all_converged and not (in_function_transform() or in_forward_mode()):
-            self._check(problem, before, h)
+        if in_function_transform() or in_forward_mode():
+            return h
+        finite = self._check(problem, before, h)
+        return h if finite is None else self._keeping(problem, finite)
+
+    def _keeping(self, problem: Problem, finite: Tensor) -> Leaves:
+        """The steps again, but for the samples that they have led to infinity: these keep the solution, and no gradient."""
+        where, image = problem.samples.where, detach(problem.solved.image)
+        h = image
+        for _ in range(self.steps):
+            h = where(finite, self._step(problem.evaluate, *where(finite, h, detach(problem.solved.point))), image)
         return h
 
     @torch.no_grad()
-    def _check(self, problem: Problem, point: Leaves, refined: Leaves) -> None:
-        """Whether the last step, which has cost its evaluation already, is still as small as a solution's."""
-        samples, agree = problem.samples, problem.agree
+    def _check(self, problem: Problem, point: Leaves, refined: Leaves) -> Tensor | None:
+        """Report a last step, which has cost its evaluation already, that is not as small as a solution's.
+
+        Returns which samples are finite, where some are not although they were.
+        """
+        samples, agree, report = problem.samples, problem.agree, problem.report
         rtol, atol = problem.solver.tolerances(problem.tolerance_dtype)
         gap = samples.norm(tuple(map(torch.sub, refined, point))) / self.damping
         scale = samples.norm(refined)
-        near = gap <= _TOLERATED_GROWTH * (atol + rtol * scale)
-        if bool(near.all() if agree is None else agree(near.all())):
-            return
+        near = (gap <= _TOLERATED_GROWTH * (atol + rtol * scale)) | ~problem.solved.converged
+        finite = torch.isfinite(gap + scale) | ~torch.isfinite(problem.solved.residual)
+        flags = torch.stack((near.all(), finite.all()))
+        all_near, all_finite = (flags if agree is None else agree(flags)).tolist()
+        if not all_finite and report.on_failure != "ignore":
+            report.fail(
+                DivergedError(
+                    f"The {self.steps} steps of UnrolledPhantom diverged{report.where()}: {int((~finite).sum())} of "
+                    f"{samples.count} samples are not finite, where the solve's result is. Take KrylovPhantom() or "
+                    "NeumannPhantom(), which return that, or a smaller damping."
+                )
+            )
+        if all_near:
+            return None if all_finite else finite
         problem.refinement.away = ~near
-        problem.report.failed(
+        report.failed(
             "refinement",
             lambda: (
-                f"The {self.steps} steps of UnrolledPhantom led away from the solution{problem.report.where()}: "
+                f"The {self.steps} steps of UnrolledPhantom led away from the solution{report.where()}: "
                 f"{int((~near).sum())} of {samples.count} samples end with a relative residual of up to "
                 f"{float((gap / scale).max()):.1e}, where the solve had met its tolerance. The block expands "
                 "even when damped: take KrylovPhantom() or NeumannPhantom(), which return the solution itself, or a smaller "
                 "damping."
             ),
         )
+        return None if all_finite else finite
 
     def without_grad(self, problem: Problem) -> Leaves:
         h = problem.solved.image

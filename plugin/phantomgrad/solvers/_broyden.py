@@ -68,7 +68,7 @@ class InverseEstimate:
             return point, residual
         self._correct(point - self._last[0], residual - self._last[1])
         best_point, best_residual, best_size = self._best
-        lost = size > _TOLERATED_GROWTH * best_size
+        lost = ~(size <= _TOLERATED_GROWTH * best_size)
         better = size < best_size
         self._best = (
             torch.where(better, point, best_point),
