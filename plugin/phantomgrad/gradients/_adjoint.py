@@ -12,8 +12,8 @@ The record keeps gradient edges (nodes of the graph), not tensors, so no referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
@@ -63,21 +63,19 @@ class Tape:
         self._saved = saved
         self._compiled = compiled
         self._inputs = tuple(get_gradient_edge(leaf) for leaf in inputs)
-        self._outputs: tuple[GradientEdge | None, ...] = tuple(
-            get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs
-        )
+        self._connected = [index for index, leaf in enumerate(outputs) if leaf.requires_grad]
+        self._outputs: list[GradientEdge] = [get_gradient_edge(outputs[index]) for index in self._connected]
         self.device_type = inputs[0].device.type
 
     def vjp(self, cotangent: Leaves) -> Leaves:
         """`J^T cotangent`, by the recorded evaluation."""
-        connected = [(edge, g) for edge, g in zip(self._outputs, cotangent, strict=True) if edge is not None]
-        if not connected:
+        if not self._connected:
             return tuple(map(torch.zeros_like, cotangent))
         try:
             products = torch.autograd.grad(
-                [edge for edge, _ in connected],
+                self._outputs,
                 self._inputs,
-                [g for _, g in connected],
+                cotangent if len(self._connected) == len(cotangent) else [cotangent[i] for i in self._connected],
                 retain_graph=True,
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,
@@ -93,14 +91,16 @@ class Tape:
             torch.zeros_like(g) if product is None else product for product, g in zip(products, cotangent, strict=True)
         )
 
-    @contextmanager
-    def products(self) -> Generator[None, None, None]:
+    def products(self) -> AbstractContextManager[Any]:
         """Around all products of one backward pass; see Note [Saved tensors]."""
-        with (
-            self._saved.unpacked() if self._saved else nullcontext(),
-            keeping_buffers() if self._compiled else nullcontext(),
-        ):
-            yield
+        if self._saved is None and not self._compiled:
+            return nullcontext()
+        context = ExitStack()
+        if self._saved is not None:
+            context.enter_context(self._saved.unpacked())
+        if self._compiled:
+            context.enter_context(keeping_buffers())
+        return context
 
 
 class _Barrier(torch.autograd.Function):
