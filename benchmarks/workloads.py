@@ -30,6 +30,13 @@ class Workload:
     keep: list[Any] = field(default_factory=list[Any])
     """What must stay alive."""
 
+    def __post_init__(self) -> None:
+        self._weights = [torch.randn_like(leaf) for leaf in self.start]
+
+    def loss(self, state: State) -> Tensor:
+        """A random linear form: the square of a state that a norm ends hardly depends on anything."""
+        return torch.stack([(w * leaf).mean() for w, leaf in zip(self._weights, state, strict=True)]).sum()
+
     def step(self, state: State) -> State:
         """One evaluation."""
         return self.cell(state, self.x)
