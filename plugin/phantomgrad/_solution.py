@@ -54,6 +54,11 @@ class AdjointSolve:
     residual: Tensor | None = None
     """The relative residual of the adjoint equation, or the estimated relative error of `AdaptivePhantom`, shape (samples,)."""
 
+    @property
+    def worst(self) -> float:
+        """The largest residual, or estimated error; NaN before a backward pass."""
+        return float("nan") if self.residual is None else float(self.residual.max())
+
     def record(self, steps: int, residual: Tensor) -> None:
         """Called by a gradient in backward."""
         self.steps, self.residual = steps, residual.detach()

@@ -39,22 +39,17 @@ class AdaptivePhantom(Gradient):
 
     def connect(self, problem: Problem) -> Leaves:
         samples, statistics, agree, report = problem.samples, problem.adjoint, problem.agree, problem.report
-
         settled = problem.solved.all_converged
 
         def transform(vjp: VJP, cotangent: Leaves) -> Leaves:
-            adjoint = self._adjoint(vjp, cotangent, samples, statistics, agree)
-            error = statistics.residual
+            adjoint, met = self._adjoint(vjp, cotangent, samples, statistics, agree)
             # Where the solve itself fell short, which was reported, no adjoint is worth a word.
-            if self.max_steps == 1 or error is None or not settled:
-                return adjoint
-            met = ~(error > self.target).any()
-            if not bool(met if agree is None else agree(met)):
+            if settled and not met:
                 report.failed(
                     "adaptive",
                     lambda: (
                         f"AdaptivePhantom stopped{report.where()} after {self.max_steps} products with an estimated "
-                        f"relative error of up to {float(error.max()):.1e}, above its target of {self.target:g}. Raise "
+                        f"relative error of up to {statistics.worst:.1e}, above its target of {self.target:g}. Raise "
                         'max_steps or target, or pass on_failure="ignore".'
                     ),
                 )
@@ -64,10 +59,11 @@ class AdaptivePhantom(Gradient):
 
     def _adjoint(
         self, vjp: VJP, cotangent: Leaves, samples: Samples, statistics: AdjointSolve, agree: Agree | None
-    ) -> Leaves:
+    ) -> tuple[Leaves, bool]:
+        """The adjoint, and whether its estimated error met the target; with one product there is nothing to estimate."""
         if self.max_steps == 1:
             statistics.record(1, torch.full((samples.count,), torch.nan, device=samples.device))
-            return cotangent
+            return cotangent, True
         space = KrylovSpace(vjp, cotangent, samples)
         most = min(self.max_steps - 1, space.dimension)
         taken = 0
@@ -77,9 +73,10 @@ class AdaptivePhantom(Gradient):
             found = space.solve()
             error = _estimated_error(found)
             met = (error <= self.target).all()
-            if taken == most or bool(met if agree is None else agree(met)):
+            enough = bool(met if agree is None else agree(met))
+            if enough or taken == most:
                 statistics.record(taken + 1, error)
-                return samples.from_matrix(found.improved)
+                return samples.from_matrix(found.improved), enough
 
 
 def _estimated_error(found: LeastSquares) -> Tensor:
