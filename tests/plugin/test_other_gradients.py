@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from problems import DTYPE, LinearBlock
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.autograd.graph import get_gradient_edge
 
 from phantomgrad import (
     AdaptivePhantom,
@@ -31,6 +32,7 @@ from phantomgrad import (
     fixed_point,
 )
 from phantomgrad._samples import Samples
+from phantomgrad.gradients._engine import by_autograd, by_engine
 from phantomgrad.gradients._shine import apply_inverse_estimate
 from phantomgrad.solvers._broyden import InverseEstimate
 
@@ -254,3 +256,40 @@ def test_adaptive_needs_fewer_products_over_a_training_run_than_the_fixed_number
         taken.append(solution.adjoint.steps)
     # The fixed number of products that reaches the target at every step is the largest of them.
     assert sum(taken) / len(taken) < 0.8 * max(taken), taken
+
+
+def test_adaptive_leaves_an_overflow_to_the_caller_and_stops_at_once() -> None:
+    block = LinearBlock.random(33)
+    g = torch.ones(block.start.shape, dtype=DTYPE)
+    g[1] = torch.inf
+    result = fixed_point(block, block.start, gradient=AdaptivePhantom(target=1e-3), solver=EXACT, on_failure="raise")
+    assert not torch.isfinite(grad((result.value * g).sum(), block.c)[0]).any()
+    assert result.adjoint.steps <= 6  # what the other samples need
+    assert result.adjoint.residual[[0, 2, 3]].max() <= 1e-3
+
+
+def _rough(z: Tensor, w: Tensor) -> Tensor:
+    return w * z.abs().sqrt()  # zero is a fixed point, where the derivative is not finite
+
+
+def test_products_that_overflow_give_no_gradient_but_no_failed_decomposition() -> None:
+    w, z = torch.ones((), dtype=DTYPE, requires_grad=True), torch.zeros(2, 3, dtype=DTYPE)
+    krylov = fixed_point(_rough, z, w, gradient=KrylovPhantom())
+    assert grad(krylov.value.sum(), w)[0].isnan()
+    adaptive = fixed_point(_rough, z, w, gradient=AdaptivePhantom())
+    with pytest.warns(NotConvergedWarning, match="AdaptivePhantom stopped after 4 products .* of up to nan"):
+        assert grad(adaptive.value.sum(), w)[0].isnan()
+
+
+def test_products_by_the_engine_are_those_of_autograd() -> None:
+    a, b, unused = (torch.randn(3, dtype=DTYPE, requires_grad=True) for _ in range(3))
+    outputs = (get_gradient_edge(a * b), get_gradient_edge(a.exp()))
+    inputs = tuple(get_gradient_edge(leaf) for leaf in (a, b, unused))
+    cotangents = tuple(torch.randn(3, dtype=DTYPE, requires_grad=True) for _ in outputs)
+    for create_graph in (False, True):
+        with torch.set_grad_enabled(create_graph):
+            ours, theirs = by_engine(outputs, inputs, cotangents), by_autograd(outputs, inputs, cotangents)
+        assert ours[2] is theirs[2] is None
+        for one, other in zip(ours[:2], theirs[:2], strict=True):
+            assert torch.equal(one, other)
+            assert one.requires_grad == other.requires_grad == create_graph

@@ -18,12 +18,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from phantomgrad._errors import PhantomGradError
 from phantomgrad._solve import Map
 from phantomgrad._state import Leaves
 from phantomgrad._transforms import in_function_transform, keeping_buffers
+from phantomgrad.gradients._engine import vector_jacobian_products
 from phantomgrad.gradients._saved import SavedOnce
 
 VJP = Callable[[Leaves], Leaves]
@@ -64,7 +65,8 @@ class Tape:
         self._compiled = compiled
         self._inputs = tuple(get_gradient_edge(leaf) for leaf in inputs)
         self._connected = [index for index, leaf in enumerate(outputs) if leaf.requires_grad]
-        self._outputs: list[GradientEdge] = [get_gradient_edge(outputs[index]) for index in self._connected]
+        self._outputs = tuple(get_gradient_edge(outputs[index]) for index in self._connected)
+        self._all_connected = len(self._connected) == len(outputs)
         self.device_type = inputs[0].device.type
 
     def vjp(self, cotangent: Leaves) -> Leaves:
@@ -72,14 +74,8 @@ class Tape:
         if not self._connected:
             return tuple(map(torch.zeros_like, cotangent))
         try:
-            products = torch.autograd.grad(
-                self._outputs,
-                self._inputs,
-                cotangent if len(self._connected) == len(cotangent) else [cotangent[i] for i in self._connected],
-                retain_graph=True,
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
+            connected = cotangent if self._all_connected else tuple(cotangent[index] for index in self._connected)
+            products = vector_jacobian_products(self._outputs, self._inputs, connected)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise

@@ -55,9 +55,14 @@ class LeastSquares:
     improved: Tensor
     """`g + J^T v`, the fixed-point step from it, shape (samples, entries)."""
     residual: Tensor
-    """`||g - (I - J^T) v||`, shape (samples,)."""
-    smallest_stretch: Tensor
-    """The least factor by which `I - J^T` stretches a vector of the space, shape (samples,)."""
+    """`||g - (I - J^T) v||`, shape (samples,); NaN where a product was not finite."""
+    triangle: Tensor
+    """The triangular factor of the space's image under `I - J^T`."""
+
+    @property
+    def smallest_stretch(self) -> Tensor:
+        """The least factor by which `I - J^T` stretches a vector of the space, shape (samples,)."""
+        return torch.linalg.svdvals(self.triangle).amin(dim=1)
 
 
 class KrylovSpace:
@@ -88,12 +93,16 @@ class KrylovSpace:
         """The vector of the space with the smallest adjoint residual, and the step that its products have paid for."""
         basis, image = torch.stack(self._directions, dim=2), torch.stack(self._images, dim=2)
         target = self._target.unsqueeze(2)
-        weights, stretch = _least_squares(*_with_full_rank(basis, image, target))
+        # Where a product has overflowed the result is NaN, but no decomposition sees it: those raise.
+        finite = torch.isfinite(image).all(dim=2, keepdim=True).all(dim=1, keepdim=True)
+        image = torch.where(finite, image, 0.0)
+        target = torch.where(finite, target, torch.nan)
+        weights, triangle = _least_squares(*_with_full_rank(basis, image, target))
         remainder = target - image @ weights
         return LeastSquares(
             improved=(basis @ weights + remainder).squeeze(2),
             residual=torch.linalg.vector_norm(remainder, dim=(1, 2)),
-            smallest_stretch=stretch,
+            triangle=triangle,
         )
 
 
@@ -122,13 +131,13 @@ def _with_full_rank(basis: Tensor, image: Tensor, target: Tensor) -> tuple[Tenso
 
 
 def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimiser of `||target - matrix x||`, per sample, and the least singular value of `matrix`.
+    """The minimiser of `||target - matrix x||`, per sample, and the triangular factor of `matrix`.
 
-    Directions that carry nothing are left out of both.
+    Directions that carry nothing are left out of the one, and stretch by 1 in the other.
     """
     q, r = torch.linalg.qr(matrix)
     diagonal = r.diagonal(dim1=1, dim2=2).abs()
     negligible = diagonal <= torch.finfo(diagonal.dtype).eps * diagonal.amax(dim=1, keepdim=True)
     r = r + torch.diag_embed(negligible.to(r.dtype))
     solved = torch.linalg.solve_triangular(r, q.mT.conj() @ target, upper=True)
-    return torch.where(negligible.unsqueeze(2), 0.0, solved), torch.linalg.svdvals(r.detach()).amin(dim=1)
+    return torch.where(negligible.unsqueeze(2), 0.0, solved), r.detach()
