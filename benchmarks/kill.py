@@ -8,10 +8,10 @@ bit. Prints one line a trial, then how many runs were lost and how many differ.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,24 +44,17 @@ def write_photos(folder: Path) -> None:
 
 
 def start(data: Path, out: Path, processes: int) -> subprocess.Popen[bytes]:
-    """The training, in a process group of its own."""
+    """The training, in so many processes."""
     launch = [sys.executable, "-m"]
     if processes > 1:
-        launch += [
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--main_process_port",
-            "0",
-            "-m",
-        ]
+        launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command = [*launch, "phantomgrad_hub.cli.main", "train", "cifar10_tiny", "--data", str(data), "--out", str(out)]
     command += ["--device", "cpu", "--no-progress"]
     for setting in SETTINGS:
         command += ["--set", setting]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, env=environment)
 
 
 def finish(data: Path, out: Path, processes: int) -> str:
@@ -76,7 +70,10 @@ def kill_at(data: Path, out: Path, processes: int, seconds: float) -> bool:
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # The processes of a launch are in sessions of their own.
+        for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
         process.communicate()
         return True
     return False
@@ -89,6 +86,13 @@ def step_of(out: Path) -> int:
         return int(json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"])
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def check_processes(out: Path, processes: int) -> None:
+    """Exit unless every session of the run had so many processes."""
+    sessions = json.loads((out / "environment.json").read_text(encoding="utf-8"))["sessions"]
+    if any(session["processes"] != processes for session in sessions):
+        sys.exit(f"{out.name} ran in {[session['processes'] for session in sessions]} processes, not in {processes}.")
 
 
 def same(one: Path, other: Path) -> bool:
@@ -112,6 +116,7 @@ def main() -> None:
             begin = time.perf_counter()
             if failed := finish(data, whole, processes):
                 sys.exit(f"The run that nothing interrupts failed: {failed}")
+            check_processes(whole, processes)
             duration, lost, different, kills = time.perf_counter() - begin, 0, 0, 0
             for trial in range(options.trials):
                 out = Path(scratch) / f"{processes}-{trial}"
@@ -121,6 +126,8 @@ def main() -> None:
                         kills += 1
                         steps.append(step_of(out))
                 failed = finish(data, out, processes)
+                if not failed:
+                    check_processes(out, processes)
                 equal = not failed and same(whole, out)
                 lost, different = lost + bool(failed), different + (not failed and not equal)
                 outcome = f"lost: {failed}" if failed else "equal" if equal else "DIFFERENT"

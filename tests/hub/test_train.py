@@ -333,12 +333,12 @@ def test_weight_decay_spares_vectors() -> None:
 def test_the_average_follows_the_closed_form() -> None:
     trained, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     average.load_state_dict(trained.state_dict())
-    weights = WeightAverage(average, 0.5)
+    weights = WeightAverage(average, trained, 0.5)  # type: ignore[arg-type]
     expected = trained.weight.detach().clone()
     for step in range(1, 20):
         with torch.no_grad():
             trained.weight.add_(1.0)
-        weights.update(trained, step)
+        weights.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * trained.weight.detach()
     torch.testing.assert_close(average.weight.detach(), expected)

@@ -111,6 +111,8 @@ class TrainConfig:
     jacobian_penalty: float = 0.0
     """Weight of `phantomgrad.diagnostics.jacobian_penalty` at the equilibrium in the loss; 0 turns it off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    shard: bool = False
+    """Shard weights, gradients and optimizer over the processes (FSDP2) instead of copying them (DDP)."""
     channels_last: bool = False
     compile: bool = False
     """Compile the block with `torch.compile`."""
@@ -148,6 +150,8 @@ class TrainConfig:
         _not_negative("jacobian_penalty", self.jacobian_penalty)
         _positive("checkpoint_minutes", self.checkpoint_minutes)
         _choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        if self.shard and self.mixed_precision == "fp16":
+            raise ValueError("shard has no loss scaling: take mixed_precision 'bf16' or 'no'")
         ends = [phase.until for phase in self.solver_schedule]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
             raise ValueError(

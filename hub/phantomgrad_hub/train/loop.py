@@ -33,6 +33,7 @@ from .build import (
 from .config import TrainConfig
 from .errors import TrainingError
 from .meter import Meter
+from .processes import agreed, highest, shard
 from .run import RunFolder
 from .settings import to_json
 from .state import TrainingState
@@ -77,18 +78,24 @@ def train(
     run.check(identity)
 
     model = build_model(config, source, init)
-    average = WeightAverage(copy.deepcopy(model).to(accelerator.device), config.ema_decay)
+    averaged = copy.deepcopy(model).to(accelerator.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(memory_format=layout)  # type: ignore[call-overload]
     attachment = attach_for_training(model, config)
     solver_schedule = SolverSchedule(config, attachment)
+    trained: Any = TrainedModel(model, penalised=config.jacobian_penalty > 0)
+    sharded = config.shard and accelerator.num_processes > 1
+    if sharded:
+        shard(trained, accelerator)
     optimizer = build_optimizer(config.optimizer, model)
     loader, sampler = build_loader(config, source, model.config.image_size, accelerator.num_processes)
     # Only now: a start that fails for want of a checkpoint, of photos or of a readable one leaves no folder behind.
     run.open(identity)
     accelerator.wait_for_everyone()
-    trained = TrainedModel(model, penalised=config.jacobian_penalty > 0)
-    trained, optimizer, loader = accelerator.prepare(trained, optimizer, loader)
+    optimizer, loader = accelerator.prepare(optimizer, loader)
+    if not sharded:
+        trained = accelerator.prepare(trained)
+    average = WeightAverage(averaged, model, config.ema_decay)
     mixed = batch_transform(config.augmentation, len(source.labels))
     tracker = Tracker(accelerator, identity)
 
@@ -119,7 +126,8 @@ def train(
                 with accelerator.accumulate(trained):
                     images = solver_schedule.resized(model.preprocessing.normalise(images))
                     images, shares = mixed(images, targets)
-                    logits, penalty = trained(images.contiguous(memory_format=layout))
+                    with accelerator.autocast():
+                        logits, penalty = trained(images.contiguous(memory_format=layout))
                     loss = functional.cross_entropy(logits.float(), shares, label_smoothing=config.label_smoothing)
                     accelerator.backward(loss if penalty is None else loss + config.jacobian_penalty * penalty)
                     if config.clip is not None and accelerator.sync_gradients:
@@ -132,19 +140,19 @@ def train(
                 if not accelerator.sync_gradients:
                     continue
                 position.step += 1
-                average.update(model, position.step)
+                average.update(position.step)
                 meter.step()
                 if position.step % config.log_every == 0:
                     record = meter.record()
                     state.check_finite(record["loss"])
                     run.log({"type": "train", "epoch": epoch, "step": position.step, "lr": rate, **record})
                     tracker.log("train", {"lr": rate, **record}, position.step)
-                stopping = _agreed(accelerator, stop.signal is not None)
-                if stopping or _agreed(accelerator, meter.minutes_since_save() > config.checkpoint_minutes):
+                stopped_by = highest(accelerator, stop.signal or 0)
+                if stopped_by or agreed(accelerator, meter.minutes_since_save() > config.checkpoint_minutes):
                     state.check_finite(meter.mean_loss())
                     state.save(meter.lap())
-                if stopping:
-                    return TrainResult(step=position.step, stopped_by=stop.signal)
+                if stopped_by:
+                    return TrainResult(step=position.step, stopped_by=stopped_by)
 
             if not position.awaiting_validation:
                 state.check_finite(meter.mean_loss())
@@ -164,13 +172,13 @@ def train(
 
         with meter.paused("evaluating the best checkpoint"):
             return TrainResult(step=position.step, evaluation=validation.measure_best(run))
-    return TrainResult(step=position.step, stopped_by=stop.signal)
+    return TrainResult(step=position.step, stopped_by=highest(accelerator, stop.signal or 0))
 
 
 def _accelerator(config: TrainConfig, out: str | Path, cpu: bool) -> Accelerator:
     check_trackers(config.trackers)
     try:
-        return require("accelerate", "train").Accelerator(
+        accelerator = require("accelerate", "train").Accelerator(
             cpu=cpu,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation,
@@ -179,18 +187,15 @@ def _accelerator(config: TrainConfig, out: str | Path, cpu: bool) -> Accelerator
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise TrainingError(f"mixed_precision={config.mixed_precision!r}: {error}") from error
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise TrainingError(
+            f"launched for {accelerator.distributed_type.value}: leave that out of the launch; shard=True (FSDP2) is a setting "
+            "of the training."
+        )
+    return accelerator
 
 
 def _identity(config: TrainConfig, source: Source, recipe: str, init: str | Path | None) -> dict[str, Any]:
     """What makes two calls the same run."""
     data = {"train": len(source.train), "validation": len(source.validation), "classes": len(source.labels)}
     return {"recipe": recipe, "init": None if init is None else str(init), "data": data, "config": to_json(config)}
-
-
-def _agreed(accelerator: Accelerator, wanted: bool) -> bool:
-    """Whether any process wants it, so that all of them do the same."""
-    if accelerator.num_processes == 1:
-        return wanted
-    flag = torch.tensor(float(wanted), device=accelerator.device)
-    wanting: Any = accelerator.reduce(flag, reduction="sum")
-    return bool(wanting > 0)

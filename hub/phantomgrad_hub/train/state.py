@@ -12,6 +12,7 @@ from phantomgrad_hub.models.mdeq import MDEQ
 
 from .average import WeightAverage
 from .errors import TrainingError
+from .processes import agreed, load_optimizer, load_weights, own_part, whole
 from .run import Position, RunFolder
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingState:
-    """Weights, their average, the optimizer and the position of a run; loaded from the run's folder when made."""
+    """Weights, their average, the optimizer and the position of a run; loaded from the run's folder when made.
+
+    Every process calls every method, and the main one writes.
+    """
 
     run: RunFolder
     accelerator: Accelerator
@@ -33,9 +37,9 @@ class TrainingState:
         stored = self.run.load_state()
         if stored is not None:
             self.position = Position(**stored["position"])
-            self.model.load_state_dict(stored["model"])
-            self.average.model.load_state_dict(stored["average"])
-            self.optimizer.load_state_dict(stored["optimizer"])
+            load_weights(self.model, stored["model"])
+            self.average.load(stored["average"])
+            load_optimizer(self.optimizer, stored["optimizer"])
             if self.accelerator.scaler is not None and stored["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(stored["scaler"])
         self._saved_step = self.position.step
@@ -44,16 +48,16 @@ class TrainingState:
 
     def save(self, seconds: float) -> None:
         """Store everything, and the averaged model as `RUN/last`; `seconds` have passed since the last time."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
-            self.check_finite(math.nan)
+        finite = all(bool(torch.isfinite(own_part(parameter)).all()) for parameter in self.model.parameters())
+        self.check_finite(0.0 if finite else math.nan)
         self.position.seconds += seconds
-        self.average.follow(self.model)
+        self.average.follow()
         scaler = self.accelerator.scaler
         stored = {
             "position": asdict(self.position),
-            "model": self.model.state_dict(),
+            "model": whole(self.model.state_dict()),
             "average": self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         self.run.save(stored, self.average.model)
@@ -61,9 +65,10 @@ class TrainingState:
         self._saved_step = self.position.step
 
     def check_finite(self, loss: float) -> None:
-        """Raise `TrainingError` where the loss, or a weight, has become infinite or NaN."""
-        if not math.isfinite(loss):
+        """Raise `TrainingError` in all processes where the loss, or a weight, has become infinite or NaN in one of them."""
+        if agreed(self.accelerator, not math.isfinite(loss)):
+            shown = math.nan if math.isfinite(loss) else loss  # in another process
             raise TrainingError(
-                f"the loss became {loss} by step {self.position.step}; {self.run.path} still holds step "
+                f"the loss became {shown} by step {self.position.step}; {self.run.path} still holds step "
                 f"{self._saved_step}. Start another run with a lower optimizer.lr or a lower clip."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from phantomgrad_hub.models.mdeq import MDEQ
 
 from .build import StopRequest
 from .config import TrainConfig
+from .processes import agreed
 from .run import RunFolder
 
 if TYPE_CHECKING:
@@ -56,14 +58,19 @@ class Validation:
 
     def _evaluate(self, model: MDEQ, split: ImageSplit, steps: Sequence[int]) -> Evaluation:
         share = range(self.accelerator.process_index, len(split), self.accelerator.num_processes)
-        records = evaluate_images(
-            model,
-            Subset(split, share),
-            self.source.labels,
-            steps=steps,
-            batch_size=self.config.validation_batch_size,
-            progress=self._check,
-        )
+        records = None
+        with suppress(ValidationStoppedError):
+            records = evaluate_images(
+                model,
+                Subset(split, share),
+                self.source.labels,
+                steps=steps,
+                batch_size=self.config.validation_batch_size,
+                progress=self._check,
+            )
+        # A signal to one process ends it in all: the others would wait for its records.
+        if agreed(self.accelerator, records is None) or records is None:
+            raise ValidationStoppedError
         shares = require("accelerate.utils", "train").gather_object([records])
         return summarise({name: torch.cat([part[name] for part in shares]) for name in records})
 

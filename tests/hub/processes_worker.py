@@ -1,0 +1,85 @@
+"""Trains in every process of a launch, for test_train_processes.py: `torchrun processes_worker.py DATA OUT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from small import pooled_config
+
+from phantomgrad import FixedPointIteration, UnrolledPhantom
+from phantomgrad_hub.data import AugmentationConfig, TrainingImages, open_source
+from phantomgrad_hub.train import OptimizerConfig, TrainConfig, train
+from phantomgrad_hub.train.loop import TrainResult
+
+CONFIG = TrainConfig(
+    model=pooled_config(
+        channels=(8, 8),
+        image_size=16,
+        input_downsamplings=1,
+        expansion=1,
+        gradient=UnrolledPhantom(steps=2, damping=0.7),
+        solver=FixedPointIteration(damping=0.7, max_steps=3),
+        eval_solver=FixedPointIteration(damping=0.7, max_steps=6),
+    ),
+    augmentation=AugmentationConfig(crop="pad", padding=0.125, color_jitter=0.1),
+    optimizer=OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.01),
+    epochs=2,
+    batch_size=5,
+    clip=1.0,
+    ema_decay=0.9,
+    workers=0,
+    log_every=1,
+    trackers=(),
+)
+DROPOUT = replace(CONFIG, model=replace(CONFIG.model, dropout=0.1))
+
+
+def run(data: str, out: Path, config: TrainConfig, stop_at: int = 0) -> TrainResult:
+    """Train; with `stop_at`, one process alone is asked to stop at that batch of its own."""
+    load, asked = TrainingImages.__getitems__, []
+
+    def counted(self: TrainingImages, indices: list[int]) -> object:
+        asked.append(indices)
+        if len(asked) == stop_at and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(self, indices)
+
+    TrainingImages.__getitems__ = counted  # type: ignore[method-assign]
+    try:
+        return train(config, open_source(data), out, cpu=True, progress=False)
+    finally:
+        TrainingImages.__getitems__ = load  # type: ignore[method-assign]
+
+
+def main() -> None:
+    from accelerate import PartialState
+
+    data, out = sys.argv[1], Path(sys.argv[2])
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    for kind, config in (("copied", DROPOUT), ("sharded", replace(DROPOUT, shard=True))):
+        run(data, out / kind, config)
+        stopped = run(data, out / f"{kind}-resumed", config, stop_at=3)
+        assert stopped.stopped_by == signal.SIGTERM, stopped
+        run(data, out / f"{kind}-resumed", config)
+    run(data, out / "copied-plain", CONFIG)
+    run(data, out / "sharded-plain", replace(CONFIG, shard=True))
+    run(
+        data,
+        out / "sharded-sgd",
+        replace(CONFIG, shard=True, optimizer=OptimizerConfig(), ema_decay=0.0, accumulation=2),
+    )
+    run(data, out / "copied-sgd", replace(CONFIG, optimizer=OptimizerConfig(), ema_decay=0.0, accumulation=2))
+    try:
+        run(data, out / "infinite", replace(CONFIG, optimizer=OptimizerConfig(lr=1e30), clip=None))
+    except Exception as error:
+        (out / f"error-{state.process_index}").write_text(f"{type(error).__name__}: {error}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
