@@ -31,7 +31,8 @@ class ImageSplit(Protocol):
     `targets` is a list of class indices; `image(i)` decodes photo `i` as RGB; `name(i)` says which one it is.
     """
 
-    targets: list[int]
+    @property
+    def targets(self) -> list[int]: ...
 
     def __len__(self) -> int: ...
 
@@ -144,15 +145,21 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     Parquet: `train-*.parquet` and `validation-*.parquet` (or `val-`, `test-`). Folders: `train/` and `val/` (or
     `validation/`, `test/`), else the class folders themselves. Without a validation split a tenth of each class is
     held out, chosen by `seed`. A `classes.json` in the folder (rows with `label`, `wnid`, `name`) names the classes.
-    With a prefix, `cifar10:FOLDER`, `imagenette:FOLDER` or `imagenet:FOLDER`: as torchvision lays these out.
+    With a prefix, `cifar10:FOLDER`, `imagenette:FOLDER` or `imagenet:FOLDER`: as torchvision lays these out. `user/name`, where
+    no such folder is here, is a dataset of the Hub, and `stream:FOLDER` a folder of parquet files, read as a stream.
     Raises `DataError` where `path` holds no such dataset.
     """
     from .library import LIBRARY, open_library
+    from .streaming import is_repository, open_stream
 
     prefix, separator, rest = str(path).partition(":")
     if separator and prefix in LIBRARY:
         return open_library(prefix, Path(rest))
+    if separator and prefix == "stream":
+        return open_stream(rest)
     root = Path(path)
+    if not root.exists() and is_repository(str(path)):
+        return open_stream(str(path))
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise DataError(

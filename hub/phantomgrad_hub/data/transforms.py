@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from phantomgrad_hub.extras import require
 from .errors import DataError
 from .seeds import derive_seed
 from .sources import ImageSplit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -159,7 +162,7 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
             if self._decoded is not None:
                 return source, self._decoded[source]
             try:
-                return source, _to_uint8(self._split, source)
+                return source, to_uint8(self._split.image(source))
             except DataError as error:
                 self.unreadable[source] = error
                 check_unreadable(self._split, self.unreadable)
@@ -198,7 +201,7 @@ def decode_all(split: ImageSplit, *, memory_gib: float) -> tuple[Tensor | None, 
 
     def read(index: int) -> Tensor | None:
         try:
-            return _to_uint8(split, index)
+            return to_uint8(split.image(index))
         except DataError as error:
             unreadable[index] = error
             return None
@@ -261,7 +264,7 @@ def _mirrored(length: int, start: int) -> Tensor:
     return torch.minimum(index, 2 * (length - 1) - index)
 
 
-def _to_uint8(split: ImageSplit, index: int) -> Tensor:
-    image = split.image(index)
+def to_uint8(image: Image) -> Tensor:
+    """An RGB photo as uint8 `(3, H, W)`."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,39 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Sampler
 
 import phantomgrad
 from phantomgrad import Backprop
 from phantomgrad.diagnostics import jacobian_penalty
 from phantomgrad_hub.data.seeds import derive_seed
 from phantomgrad_hub.data.sources import Source
-from phantomgrad_hub.data.transforms import TrainingImages, keep_batch, train_transform
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.models.mdeq import MDEQ
 
 from .config import OptimizerConfig, TrainConfig
-from .errors import TrainingError
-
-
-class EpochSampler(Sampler[int]):
-    """All indices in an order that depends on the seed and the epoch only."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self._length = length
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of `epoch` from now on."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", self._epoch))
-        yield from torch.randperm(self._length, generator=generator).tolist()
 
 
 def build_model(config: TrainConfig, source: Source, init: str | Path | None) -> MDEQ:
@@ -57,43 +33,6 @@ def build_model(config: TrainConfig, source: Source, init: str | Path | None) ->
         return MDEQ.from_pretrained(init, labels=list(source.labels))
     model_config = replace(config.model, num_classes=len(source.labels))
     return MDEQ(model_config, labels=source.labels)
-
-
-def build_loader(
-    config: TrainConfig, source: Source, size: int, processes: int
-) -> tuple[DataLoader[Any], EpochSampler]:
-    """Augmented uint8 batches of the training split, and the sampler that decides their order."""
-    count = len(source.train)
-    if count < config.batch_size * processes:
-        raise TrainingError(
-            f"{count} training images do not fill one batch of {config.batch_size * processes}; set batch_size lower."
-        )
-    images = TrainingImages(
-        source.train, train_transform(config.augmentation, size), seed=config.seed, memory_gib=config.memory_gib
-    )
-    sampler = EpochSampler(count, config.seed)
-    loader = DataLoader(
-        images,
-        batch_size=config.batch_size,
-        sampler=sampler,
-        drop_last=True,
-        collate_fn=keep_batch,  # pyright: ignore[reportArgumentType]  (typed for a list of samples)
-        num_workers=config.workers,
-        worker_init_fn=_leave_signals_to_parent,
-        multiprocessing_context=_start_method(config.workers),
-    )
-    return loader, sampler
-
-
-def _start_method(workers: int) -> str | None:
-    """`fork` where there is one: the workers then read the decoded images in the memory they are in."""
-    return "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """A signal to the whole process group must not end the workers before the parent has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -26,12 +26,12 @@ from .build import (
     StopRequest,
     TrainedModel,
     attach_for_training,
-    build_loader,
     build_model,
     build_optimizer,
 )
 from .config import TrainConfig
 from .errors import TrainingError
+from .loader import training_batches
 from .meter import Meter
 from .processes import agreed, highest, shard
 from .run import RunFolder
@@ -88,11 +88,11 @@ def train(
     if sharded:
         shard(trained, accelerator)
     optimizer = build_optimizer(config.optimizer, model)
-    loader, sampler = build_loader(config, source, model.config.image_size, accelerator.num_processes)
+    loader = training_batches(config, source, model.config.image_size, accelerator)
     # Only now: a start that fails for want of a checkpoint, of photos or of a readable one leaves no folder behind.
     run.open(identity)
     accelerator.wait_for_everyone()
-    optimizer, loader = accelerator.prepare(optimizer, loader)
+    optimizer = accelerator.prepare(optimizer)
     if not sharded:
         trained = accelerator.prepare(trained)
     average = WeightAverage(averaged, model, config.ema_decay)
@@ -109,11 +109,8 @@ def train(
     with run, stop.listening(), meter, tracker, warnings.catch_warnings(), suppress(ValidationStoppedError):
         warnings.simplefilter("ignore", NotConvergedWarning)
         for epoch in range(position.epoch - position.awaiting_validation, config.epochs):
-            sampler.set_epoch(epoch)
-            loader.dataset.set_epoch(epoch)
-            loader.set_epoch(epoch)
-            batches = accelerator.skip_first_batches(loader, position.batch)
-            for images, targets, replaced in () if position.awaiting_validation else batches:
+            batches = () if position.awaiting_validation else loader.epoch(epoch, position.batch)
+            for images, targets, replaced in batches:
                 progressed = position.step / total_steps
                 rate = config.optimizer.lr * config.schedule.factor(progressed)
                 for group in optimizer.param_groups:
