@@ -1,9 +1,9 @@
 """Reruns what the paper claims of accuracy on CIFAR-10, at a size to choose: `python -m benchmarks.paper --data FOLDER`.
 
 MDEQ-Tiny is trained once for every gradient, number of products and damping, and for three seeds, on the same images in the same
-order; everything else is the `cifar10_tiny` recipe. Each training is a run folder of its own: interrupted, the same command goes
-on where it was, and `--report` makes the table of what is finished. Time and memory of a training step are measured on one
-trained model, interleaved.
+order; everything else is the `cifar10_tiny` recipe. Each training is a run folder of its own: interrupted, the same command
+goes on where it was, leaving out what the results file has already, and `--report` adds to that what is finished. Time and memory
+of a training step are measured on one trained model, interleaved.
 
 The claims (Geng et al., "On Training Implicit Models", NeurIPS 2021): with a damping of .5, 83.2 % for k=1, 85.9 % for k=4 and
 86.0 % for k=9; with 1, less after k=7; NPG equals UPG to k=5 and collapses at k=9 (69.5 +- 8).
@@ -146,7 +146,16 @@ def train_one(scale: Scale, index: int, seed: int, data: str, runs: Path) -> Non
     train(scale.config(gradient, seed), scale.source(data), folder, recipe="paper", progress=False)
 
 
-def run_all(scale_name: str, data: str, runs: Path, jobs: int) -> None:
+def stored_rows(out: Path, scale: Scale) -> dict[str, dict[str, Any]]:
+    """What the results file `out` has from earlier runs at this scale, by setting."""
+    if not out.is_file():
+        return {}
+    content = json.loads(out.read_text(encoding="utf-8"))
+    rows = content["rows"] if content["scale"] == scale.description else []
+    return {name_of(row["gradient"], row["steps"], row["damping"]): row for row in rows}
+
+
+def run_all(scale_name: str, data: str, runs: Path, jobs: int, stored: dict[str, dict[str, Any]]) -> None:
     """Train what is not finished, `jobs` runs at a time, seed by seed, each in a process of its own."""
     runs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
@@ -157,15 +166,17 @@ def run_all(scale_name: str, data: str, runs: Path, jobs: int) -> None:
         nonlocal done
         name = name_of(*list(settings())[index][:3])
         result = folder_of(runs, name, seed) / "result.json"
-        line = ""
-        if not result.is_file():
+        line, known = "", stored.get(name, {}).get("top1_by_seed", {}).get(str(seed))
+        if known is None and not result.is_file():
             command = [sys.executable, "-m", "benchmarks.paper", "--scale", scale_name, "--data", data]
             command += ["--runs", str(runs), "--one", str(index), str(seed)]
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             line = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
         with lock:
             done += 1
-            if result.is_file():
+            if known is not None:
+                line = f"{known:.2%}"
+            elif result.is_file():
                 line = f"{json.loads(result.read_text(encoding='utf-8'))['top1']:.2%}"
             print(f"[{done}/{len(everything)}] {name}, seed {seed}: {line}", flush=True)
 
@@ -174,12 +185,12 @@ def run_all(scale_name: str, data: str, runs: Path, jobs: int) -> None:
             future.result()
 
 
-def collect(runs: Path) -> list[dict[str, Any]]:
+def collect(runs: Path, stored: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a setting with at least one finished run: accuracies by seed, their mean, and two standard errors."""
     rows = []
     for family, steps, damping, _ in settings():
         name = name_of(family, steps, damping)
-        found = {}
+        found = {int(seed): top1 for seed, top1 in stored.get(name, {}).get("top1_by_seed", {}).items()}
         for seed in SEEDS:
             result = folder_of(runs, name, seed) / "result.json"
             if result.is_file():
@@ -194,7 +205,10 @@ def collect(runs: Path) -> list[dict[str, Any]]:
 
 
 def cost(scale: Scale, runs: Path, repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds and saved memory of the block in a training step of every setting, on one trained model, interleaved."""
+    """Seconds and saved memory of the block in a training step of every setting, on one trained model, interleaved.
+
+    Empty where no run folder is left.
+    """
     warnings.simplefilter("ignore", NotConvergedWarning)
     trained = [
         folder_of(runs, name_of(family, steps, damping), seed) / "best"
@@ -203,7 +217,10 @@ def cost(scale: Scale, runs: Path, repeats: int) -> dict[str, dict[str, Any]]:
     ]
     # The paper's own setting, where it is finished.
     trained.sort(key=lambda folder: folder != folder_of(runs, name_of("UPG", 5, 0.5), SEEDS[0]) / "best")
-    model = MDEQ.from_pretrained(next(folder for folder in trained if folder.is_dir())).train()
+    folder = next((folder for folder in trained if folder.is_dir()), None)
+    if folder is None:
+        return {}
+    model = MDEQ.from_pretrained(folder).train()
     gradients = {name_of(family, steps, damping): gradient for family, steps, damping, gradient in settings()}
     with torch.no_grad():
         injection = model.inject(torch.randn(scale.batch_size, 3, 32, 32))
@@ -266,18 +283,21 @@ def draw(rows: list[dict[str, Any]], description: str, path: Path) -> None:
 
 def report(scale_name: str, runs: Path, out: Path, picture: Path, repeats: int) -> None:
     """Print the table of the finished runs, and write it as JSON and as a picture."""
-    scale, rows = SCALES[scale_name], collect(runs)
+    scale = SCALES[scale_name]
+    stored = stored_rows(out, scale)
+    rows = collect(runs, stored)
     if not rows:
         print(f"No run in {runs} is finished.")
         return
     costs = cost(scale, runs, repeats)
     print(f"{'gradient':<30}{'top-1 %':>9}{'+-2se':>7}{'seeds':>7}{'forward s':>11}{'backward s':>12}{'saved MiB':>11}")
     for row in rows:
-        spent = costs[name_of(row["gradient"], row["steps"], row["damping"])]
+        name = name_of(row["gradient"], row["steps"], row["damping"])
+        spent = costs[name] if costs else stored[name]
         row |= {key: spent[key] for key in ("forward_s", "backward_s", "saved_mib", "cosine")}
         error = "" if row["two_standard_errors"] is None else f"{100 * row['two_standard_errors']:.1f}"
         print(
-            f"{name_of(row['gradient'], row['steps'], row['damping']):<30}{100 * row['top1']:>9.1f}{error:>7}"
+            f"{name:<30}{100 * row['top1']:>9.1f}{error:>7}"
             f"{len(row['top1_by_seed']):>7}{row['forward_s']:>11.3f}{row['backward_s']:>12.3f}{row['saved_mib']:>11.1f}"
         )
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
@@ -307,7 +327,7 @@ def main() -> None:
         train_one(SCALES[options.scale], *options.one, options.data, runs)
         return
     if not options.report:
-        run_all(options.scale, options.data, runs, options.jobs)
+        run_all(options.scale, options.data, runs, options.jobs, stored_rows(options.out, SCALES[options.scale]))
     report(options.scale, runs, options.out, options.picture, options.repeats)
 
 
