@@ -47,6 +47,8 @@ from phantomgrad_hub.train import ScheduleConfig, TrainConfig, cifar10_tiny, tra
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "paper.svg"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+BEGIN, END = "<!-- table: python -m benchmarks.paper --report -->", "<!-- end of table -->"
 SEEDS = (0, 1, 2)
 STEPS = (1, 5, 9)
 DAMPINGS = (0.5, 1.0)
@@ -237,6 +239,23 @@ def cost(scale: Scale, runs: Path, repeats: int) -> dict[str, dict[str, Any]]:
     return {row["gradient"]: row for row in rows}
 
 
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """Put the table between the two marks of a page."""
+    lines = [
+        "| gradient | k | damping | top-1, % | ±2 s.e. | seeds | forward, s | backward, s | saved, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        error = "" if row["two_standard_errors"] is None else f"{100 * row['two_standard_errors']:.1f}"
+        damping = "" if row["damping"] is None else f"{row['damping']:g}"
+        spent = [f"{row['forward_s']:.2f}", f"{row['backward_s']:.2f}", f"{row['saved_mib']:.0f}"]
+        accuracy = [f"{100 * row['top1']:.1f}", error, str(len(row["top1_by_seed"]))]
+        lines.append(f"| {' | '.join([row['gradient'], str(row['steps'] or ''), damping, *accuracy, *spent])} |")
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
+
+
 def draw(rows: list[dict[str, Any]], description: str, path: Path) -> None:
     """Accuracy against `k`, one line a family and damping, with two standard errors."""
     import matplotlib
@@ -306,6 +325,8 @@ def report(scale_name: str, runs: Path, out: Path, picture: Path, repeats: int) 
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**content, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     draw(rows, scale.description, picture)
+    if picture == PICTURE:
+        write_table(rows, PAGE)
 
 
 def main() -> None:
