@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from gradio import themes
 
 from phantomgrad_hub import MDEQ
 from phantomgrad_hub.checkpoint import FILES
 from phantomgrad_hub.download import locate
 
-from . import markup, photos
+from . import markup, panels, photos
+from .api import Api, add_endpoints
 from .card import CARD_FILE, model_line, read_facts
-from .guard import GuardedImage, GuardedSlider, refusal
+from .guard import GuardedImage, refusal
 from .handlers import Handlers
 from .ports import claim_port
+from .tab_handlers import TabHandlers
+from .tabs import Controls, compare_tab, gradient_tab, html_block, nearby_tab, watch_tab
 
 TITLE = "phantomgrad: watch a network find its equilibrium"
 LAUNCH_OPTIONS: dict[str, Any] = {
@@ -36,6 +40,11 @@ LAUNCH_OPTIONS: dict[str, Any] = {
     "ssr_mode": False,
 }
 _QUEUE_SIZE = 16
+_AT_ONCE = 2
+"""How many solves run at a time; they share the processor's cores."""
+_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": _AT_ONCE, "show_progress": "hidden"}
+# By default Gradio drops an event while the previous one runs; here the last one counts.
+_PRIVATE: dict[str, Any] = {**_MODEL, "api_visibility": "private", "trigger_mode": "always_last"}
 _CACHE_SECONDS = (600, 3600)
 """How often uploaded files are looked through, and how old they get."""
 
@@ -45,6 +54,8 @@ class Page(gr.Blocks):
 
     def launch(self, *args: Any, **options: Any) -> Any:
         """`gr.Blocks.launch`, with `LAUNCH_OPTIONS` where nothing else is asked for."""
+        # Solves that each take all cores would wait for one another at every step.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _AT_ONCE))
         return super().launch(*args, **{**LAUNCH_OPTIONS, "theme": _theme(), **options})
 
     async def preprocess_data(self, *args: Any, **options: Any) -> Any:
@@ -65,18 +76,21 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
     """
     folder = locate(checkpoint, None, (*FILES, CARD_FILE))
     model = MDEQ.from_pretrained(folder).eval()
-    handlers = Handlers(model=model, examples=photos.available())
-    first = handlers.open_example(0) if handlers.examples else None
-    first_answer, first_figures = handlers.show(first, handlers.most_steps)
-    first_credit = markup.credit(handlers.examples[0]) if handlers.examples else ""
-    buttons = markup.example_buttons(handlers.examples)
+    facts = read_facts(folder)
+    handlers = Handlers(model=model, examples=photos.available(), checkpoint=_public_name(checkpoint))
+    tabs = TabHandlers(page=handlers, accuracy=facts.accuracy_by_steps)
+    first = handlers.examples[0].key if handlers.examples else ""
+    first_photo = handlers.open_example(first) if first else None
+    *_, first_view = handlers.solve(first_photo, first, handlers.settings)
 
     with Page(title=TITLE, analytics_enabled=False, delete_cache=_CACHE_SECONDS) as page:
-        _html(markup.HEADER)
+        html_block(markup.HEADER, js_on_load=_script("page.js"))
+        # Before the page's own events, which would take the same names.
+        add_endpoints(Api(page=handlers, facts=facts), _MODEL)
         with gr.Row(elem_id="pg-top"):
             with gr.Column(scale=2, min_width=280):
                 photo = GuardedImage(
-                    first,
+                    first_photo,
                     type="pil",
                     format="png",
                     sources=["upload", "clipboard"],
@@ -87,44 +101,76 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
                     alt_text="The photo being classified",
                     placeholder="Drop, paste or choose a photo",
                 )
-                picker = _html(buttons, js_on_load=markup.PICK_EXAMPLE, elem_id="pg-examples")
-                credit = _html(first_credit, elem_id="pg-credit")
-            with gr.Column(scale=3, min_width=320):
-                answer = _html(first_answer, html_template=markup.LIVE_REGION, elem_id="pg-answer")
-                steps = GuardedSlider(
-                    1,
-                    handlers.most_steps,
-                    value=handlers.most_steps,
-                    step=1,
-                    label="Most solver steps",
-                    info="How much the network may think: stop it earlier and see what it would have said.",
-                    elem_id="pg-steps",
+                picker = html_block(
+                    markup.example_buttons(handlers.examples),
+                    js_on_load=markup.PICK_EXAMPLE,
+                    elem_id="pg-examples",
                 )
-        figures = _html(first_figures, elem_id="pg-figures")
-        _html(markup.model_note(model_line(model, read_facts(folder))))
-        _html(markup.class_list(model.labels), js_on_load=markup.SEARCH_CLASSES, elem_id="pg-classes")
-
-        shared: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        # By default Gradio drops an event while the previous one runs; here the last one counts.
-        private: dict[str, Any] = {**shared, "api_visibility": "private", "trigger_mode": "always_last"}
-        shown = [answer, figures]
-        uploaded = photo.input(handlers.show_upload, [photo, steps], [photo, *shown, credit, steps], **private)
-        uploaded.failure(handlers.show_nothing, None, [*shown, credit], **private)
-        photo.clear(handlers.show_nothing, None, [*shown, credit], **private)
-        steps.change(handlers.show_steps, [photo, steps], [*shown, steps], **private)
-        picker.click(handlers.show_example, [steps], [photo, *shown, credit, steps], **private)
-        # No trigger: the endpoint is for programs, which see its parameter's name and its result.
-        gr.on(
-            [],
-            handlers.name_classes,
-            [photo],
-            [gr.JSON(visible=False, label="probabilities")],
-            api_name="classify",
-            api_description="The probability of every class the model knows, best first.",
-            **shared,
+                credit = html_block(handlers.credit(first) if first else "", elem_id="pg-credit")
+                example = gr.Textbox(first, visible=False)
+            with gr.Column(scale=3, min_width=320):
+                answer = gr.HTML(
+                    first_view,
+                    html_template=markup.ANSWER,
+                    js_on_load=_script("settle.js"),
+                    apply_default_css=False,
+                    elem_id="pg-answer",
+                )
+                html_block(markup.SHARE)
+        with gr.Tabs(elem_id="pg-tabs"):
+            with gr.Tab("Watch", render_children=True):
+                controls = watch_tab(handlers)
+            with gr.Tab("Compare") as compare:
+                compared = compare_tab(compare, tabs, photo, controls, _PRIVATE)
+            with gr.Tab("Gradient") as gradient:
+                seen = gradient_tab(gradient, tabs, photo, _PRIVATE)
+            with gr.Tab("Nearby") as nearby:
+                started = nearby_tab(nearby, tabs, photo, controls, _PRIVATE)
+            with gr.Tab("Python", render_children=True):
+                html_block(markup.PYTHON, js_on_load=markup.TAB_READY)
+        html_block(markup.model_note(model_line(model, facts)))
+        html_block(markup.class_list(model.labels), elem_id="pg-classes")
+        _connect(handlers, photo, picker, credit, example, answer, controls)
+        # A result belongs to its photo: another photo leaves the hints.
+        photo.change(
+            lambda: tuple(part for text in panels.HINTS for part in panels.hint(text)),
+            None,
+            [*compared, *seen, *started],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
         )
     page.queue(max_size=_QUEUE_SIZE, default_concurrency_limit=1)
     return page
+
+
+def _connect(
+    handlers: Handlers,
+    photo: GuardedImage,
+    picker: gr.HTML,
+    credit: gr.HTML,
+    example: gr.Textbox,
+    answer: gr.HTML,
+    controls: Controls,
+) -> None:
+    """What happens when a visitor sends, picks or sets something."""
+    solver, steps, tolerance, damping = controls
+    corrected = [steps, damping]
+    shown = [photo, answer, credit, example]
+    nothing = [answer, credit, example]
+    uploaded = photo.input(handlers.show_upload, [photo, *controls], [*shown, *corrected], **_PRIVATE)
+    uploaded.failure(handlers.show_nothing, None, nothing, **_PRIVATE)
+    photo.clear(handlers.show_nothing, None, nothing, **_PRIVATE)
+    picked = picker.click(handlers.show_example, [*controls], [*shown, *corrected], **_PRIVATE)
+    restored = answer.submit(handlers.restore, None, [*shown, *controls], **_PRIVATE)
+    changed = gr.on(
+        [solver.input, steps.input, tolerance.input, damping.input],
+        handlers.show_settings,
+        [photo, example, *controls],
+        [answer, *corrected],
+        **_PRIVATE,
+    )
+    answer.stop(None, cancels=[uploaded, picked, restored, changed], api_visibility="private")
 
 
 def launch(checkpoint: str | os.PathLike[str], host: str = "127.0.0.1", port: int | None = None) -> None:
@@ -148,9 +194,14 @@ def launch(checkpoint: str | os.PathLike[str], host: str = "127.0.0.1", port: in
             page.close(verbose=False)
 
 
-def _html(value: str, **options: Any) -> gr.HTML:
-    """The page's own HTML, styled by `page.css` alone."""
-    return gr.HTML(value, apply_default_css=False, **options)
+def _public_name(checkpoint: str | os.PathLike[str]) -> str:
+    """The checkpoint as others can name it: a folder of this machine is nobody else's business."""
+    name = os.fspath(checkpoint)
+    return "path/to/checkpoint" if Path(name).exists() else name
+
+
+def _script(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _theme() -> themes.Base:
@@ -159,4 +210,10 @@ def _theme() -> themes.Base:
         primary_hue="blue",
         font=("system-ui", "sans-serif"),
         font_mono=("ui-monospace", "monospace"),
+    ).set(
+        # White on the theme's own blue has a contrast of 3.7.
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
     )

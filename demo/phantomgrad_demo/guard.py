@@ -58,6 +58,14 @@ class GuardedImage(gr.Image, metaclass=_WithoutStub):
         except OSError:
             return Refused(reason=_sentence("the uploaded image is gone; send it again"))
 
+    def example_payload(self) -> dict[str, Any]:
+        """What the API's page gives as an example: not the address of a photo elsewhere, as Gradio's own does."""
+        return {"path": "photo.jpg", "meta": {"_type": "gradio.FileData"}}
+
+    def example_value(self) -> str:
+        """The same as a program gets it."""
+        return "photo.jpg"
+
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         """Gradio's copying of a file to its cache, without its download of addresses."""
         if isinstance(url_or_file_path, str) and "://" in url_or_file_path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import gradio as gr
 from PIL.Image import Image
@@ -13,85 +16,144 @@ from phantomgrad_hub import MDEQ
 from phantomgrad_hub.photos import read_photo
 
 from . import markup
-from .figures import answer_bars, curves
 from .guard import Refused, refusal
-from .inference import classify, solver_of
 from .photos import ExamplePhoto
+from .settings import MOST_STEPS, Settings, SettingsError, SolverName, tolerances_for
+from .trajectory import Settling
+from .view import message, view
+
+Photo = Image | Refused | None
+View = dict[str, Any]
+SMALLEST_DAMPING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Handlers:
-    """Event handlers: photos and steps come as the guard gives them.
-
-    Those that take steps also return what the slider is to show, where its field holds no number that it can take.
-    """
+    """Event handlers: photos and numbers come as the guard gives them, choices as Gradio has checked them."""
 
     model: MDEQ
     examples: tuple[ExamplePhoto, ...]
+    checkpoint: str
+    """What `MDEQ.from_pretrained` takes, for the Python that the page shows."""
 
-    @property
-    def most_steps(self) -> int:
-        """The most steps a visitor may ask for: what the checkpoint's own solver takes."""
-        return solver_of(self.model).max_steps
+    @cached_property
+    def settings(self) -> Settings:
+        """The checkpoint's own, on which the page opens."""
+        return Settings.of_model(self.model)
 
-    def show(self, photo: Image | Refused | None, steps: int) -> tuple[str, str]:
-        """The answer and its figures as HTML, or why there are none."""
+    def solve(self, photo: Photo, example: str, settings: Settings) -> Iterator[View]:
+        """What the page shows, again and again while the solver runs."""
         if photo is None:
-            return markup.NO_PHOTO, ""
+            yield message(markup.NO_PHOTO)
+            return
         if isinstance(photo, Refused):
-            return markup.not_a_photo(photo.reason), ""
+            yield message(f"{photo.reason} Choose another photo.")
+            return
         try:
-            answer = classify(self.model, photo, max_steps=steps)
+            with Settling(self.model, photo, settings) as settling:
+                for _ in settling.batches():
+                    if settling.trajectory.reason is None:
+                        yield self._view(settling, example)
+            yield self._view(settling, example)
         except PhantomGradError as error:
-            return markup.not_a_photo(f"This photo could not be classified: {error}."), ""
-        return answer_bars(answer), curves(answer)
+            yield message(f"This photo could not be classified: {error}.")
 
-    def show_steps(self, photo: Image | Refused | None, steps: float | None) -> tuple[Any, Any, Any]:
-        """Answer, figures and steps after another number of steps was asked for."""
-        if photo is None or steps is None:
+    def show_settings(
+        self, photo: Photo, example: str, solver: str, steps: float | None, tolerance: float, damping: float | None
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """The answer, and what both sliders are to show, after a setting was changed."""
+        if photo is None or steps is None or damping is None:
             # Without a photo the page goes on saying why; an empty field is one that is being typed into.
-            return gr.skip(), gr.skip(), gr.skip()
-        taken, shown = self._steps(steps)
-        return *self.show(photo, taken), shown
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        settings, *shown = self.checked(solver, steps, tolerance, damping)
+        for each in self.solve(photo, self.known(example), settings):
+            yield each, *shown
 
-    def show_upload(self, photo: Image | Refused | None, steps: float | None) -> tuple[Any, str, str, str, Any]:
-        """Photo, answer, figures, no credit, and steps; what is no photo leaves the page, with its reason."""
-        taken, shown = self._steps(steps)
-        return None if isinstance(photo, Refused) else gr.skip(), *self.show(photo, taken), "", shown
+    def show_upload(
+        self, photo: Photo, solver: str, steps: float | None, tolerance: float, damping: float | None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Photo, answer, credit, example, and both sliders; what is no photo leaves the page, with its reason."""
+        settings, *shown = self.checked(solver, steps, tolerance, damping)
+        for each in self.solve(photo, "", settings):
+            yield None if isinstance(photo, Refused) else gr.skip(), each, "", "", *shown
 
-    def show_example(self, steps: float | None, event: gr.EventData) -> tuple[Image, str, str, str, Any]:
-        """Photo, answer, figures, credit and steps of the example whose button was pressed."""
-        # The index comes from the browser.
-        index = getattr(event, "index", None)
-        if not isinstance(index, int) or not 0 <= index < len(self.examples):
+    def show_example(
+        self, solver: str, steps: float | None, tolerance: float, damping: float | None, event: gr.EventData
+    ) -> Iterator[tuple[Any, ...]]:
+        """Photo, answer, credit, example, and both sliders, after the button of an example was pressed."""
+        # The name comes from the browser.
+        key = self.known(getattr(event, "example", None))
+        if not key:
             raise refusal("there is no such example")
-        photo = self.open_example(index)
-        taken, shown = self._steps(steps)
-        return photo, *self.show(photo, taken), markup.credit(self.examples[index]), shown
+        photo = self.open_example(key)
+        settings, *shown = self.checked(solver, steps, tolerance, damping)
+        for number, each in enumerate(self.solve(photo, key, settings)):
+            first = number == 0
+            yield photo if first else gr.skip(), each, self.credit(key) if first else gr.skip(), key, *shown
 
-    def show_nothing(self) -> tuple[str, str, str]:
-        """No answer, figures or credit: there is no photo."""
-        return markup.NO_PHOTO, "", ""
+    def restore(self, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Photo, answer, credit, example, solver, steps, tolerance and damping of an address's parameters."""
+        key = self.known(getattr(event, "example", None))
+        if not key:
+            raise refusal("the example of this link does not exist; the page shows another")
+        settings = self._linked(event)
+        photo = self.open_example(key)
+        controls = (settings.solver, settings.max_steps, settings.tolerance, settings.damping)
+        for number, each in enumerate(self.solve(photo, key, settings)):
+            first = number == 0
+            rest = (photo, self.credit(key), key, *controls) if first else (gr.skip(),) * 7
+            yield rest[0], each, *rest[1:]
 
-    def name_classes(self, photo: Image | Refused | None) -> dict[str, float]:
-        """Every class with its probability, best first."""
-        if photo is None:
-            raise refusal("send a photo")
-        if isinstance(photo, Refused):
-            raise refusal(photo.reason)
+    def show_nothing(self) -> tuple[View, str, str]:
+        """No answer, credit or example: there is no photo."""
+        return message(markup.NO_PHOTO), "", ""
+
+    def checked(
+        self, solver: str, steps: float | None, tolerance: float, damping: float | None
+    ) -> tuple[Settings, Any, Any]:
+        """The settings nearest to those asked for, and what the sliders of steps and damping are to show."""
+        own = self.settings
+        taken = own.max_steps if steps is None else round(min(max(steps, 1), MOST_STEPS))
+        damped = own.damping if damping is None else min(max(damping, SMALLEST_DAMPING), 1.0)
         try:
-            return dict(classify(self.model, photo).probabilities)
-        except PhantomGradError as error:
+            settings = Settings(solver=cast(SolverName, solver), max_steps=taken, tolerance=tolerance, damping=damped)
+        except SettingsError as error:
             raise refusal(str(error)) from error
+        return settings, gr.skip() if taken == steps else taken, gr.skip() if damped == damping else damped
 
-    def open_example(self, index: int) -> Image:
+    def known(self, key: object) -> str:
+        """The name of an example that there is; empty for anything else."""
+        return next((each.key for each in self.examples if each.key == key), "")
+
+    def open_example(self, key: str) -> Image:
         """An example photo."""
-        path = self.examples[index].find()
+        path = next(each for each in self.examples if each.key == key).find()
         if path is None:
             raise refusal("this example is no longer there")
         return read_photo(path)
 
-    def _steps(self, wanted: float | None) -> tuple[int, Any]:
-        """The number of steps nearest to the one asked for, and what the slider is to show."""
-        taken = self.most_steps if wanted is None else round(min(max(wanted, 1), self.most_steps))
-        return taken, gr.skip() if taken == wanted else taken
+    def credit(self, key: str) -> str:
+        """Whom to thank for an example."""
+        return markup.credit(next(each for each in self.examples if each.key == key))
+
+    def _view(self, settling: Settling, example: str) -> View:
+        return view(settling.trajectory, self.model.labels, example=example, checkpoint=self.checkpoint)
+
+    def _linked(self, event: gr.EventData) -> Settings:
+        """The settings in an address; what it lacks or what cannot be read is the checkpoint's own."""
+        own = self.settings
+        solver = getattr(event, "solver", own.solver)
+        steps = _number(getattr(event, "steps", None), own.max_steps)
+        tolerance = _number(getattr(event, "tolerance", None), own.tolerance)
+        damping = _number(getattr(event, "damping", None), own.damping)
+        nearest = min(tolerances_for(own), key=lambda each: abs(math.log(each) - math.log(max(tolerance, 1e-30))))
+        return self.checked(solver, steps, nearest, damping)[0]
+
+
+def _number(text: object, otherwise: float) -> float:
+    try:
+        value = float(text)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        return otherwise
+    return value if math.isfinite(value) else otherwise

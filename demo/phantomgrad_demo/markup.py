@@ -10,31 +10,44 @@ from html import escape
 from phantomgrad_hub.photos import read_photo
 
 from .photos import ExamplePhoto
+from .plot import save_button
 
 HEADER = """<header class="pg-header"><h1>Watch a network find its equilibrium</h1>
 <p>This classifier applies one block to its own output, step after step, until the output no longer changes: that
-equilibrium is its answer. The residual says how far it still is, and the slider how long it may go on.</p></header>"""
+equilibrium is its answer. Play the steps, and turn how long it may think.</p></header>"""
 
-NO_PHOTO = '<p class="pg-sentence">Choose, drop or paste a photo to see what it is.</p>'
+NO_PHOTO = "Choose, drop or paste a photo to see what it is."
 
-LIVE_REGION = '<div role="status" aria-live="polite">${value}</div>'
+ANSWER = """<p class="pg-sentence" role="status" aria-live="polite"></p>
+<p class="pg-weak" hidden></p>
+<ol class="pg-bars" aria-label="Most likely classes"></ol>
+<div class="pg-player" role="group" aria-label="Steps of the solver">
+<button type="button" class="pg-button pg-play">Play</button>
+<input type="range" min="1" max="1" value="1" step="1" aria-label="Solver step">
+<output></output>
+<button type="button" class="pg-button pg-stop" hidden>Stop</button>
+</div>"""
+"""What `settle.js` fills."""
+
+TAKEAWAY = '<p class="pg-takeaway" data-text="takeaway"></p>'
+
+CURVES = """<div class="pg-figures" data-needs-answer>
+<div data-figure="residual"></div><div data-figure="probability"></div></div>"""
+
+TAB_READY = "document.dispatchEvent(new CustomEvent('pg-tab-ready'));"
+
+SHARE = """<p class="pg-share" data-needs-answer>
+<button type="button" class="pg-button" data-copy="link">Copy a link to this</button>
+<button type="button" class="pg-button" data-copy="python">Copy the Python</button></p>"""
+
+PYTHON = """<p class="pg-takeaway">The same in Python: a checkpoint, another solver for one call, and how its solve went.</p>
+<pre class="pg-code" tabindex="0" role="region" aria-label="Python code"><code data-text="python"></code></pre>
+<p data-needs-answer><button type="button" class="pg-button" data-copy="python">Copy the Python</button></p>"""
 
 PICK_EXAMPLE = """
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-index]');
-  if (button) trigger('click', { index: Number(button.dataset.index) });
-});
-"""
-
-SEARCH_CLASSES = """
-element.addEventListener('input', (event) => {
-  const wanted = event.target.value.trim().toLowerCase();
-  let shown = 0;
-  for (const item of element.querySelectorAll('li')) {
-    item.hidden = !item.textContent.toLowerCase().includes(wanted);
-    shown += item.hidden ? 0 : 1;
-  }
-  element.querySelector('output').textContent = shown + ' shown';
+  const button = event.target.closest('button[data-example]');
+  if (button) trigger('click', { example: button.dataset.example });
 });
 """
 
@@ -44,16 +57,30 @@ _THUMBNAIL = 96
 def example_buttons(examples: Sequence[ExamplePhoto]) -> str:
     """A row of buttons, one for each example photo."""
     buttons = "".join(
-        f'<button type="button" data-index="{index}" title="{escape(example.title)}">'
+        f'<button type="button" data-example="{escape(example.key)}" title="{escape(example.title)}">'
         f'<img src="{_thumbnail(example)}" alt="Example: {escape(example.title)}" width="64" height="64"></button>'
-        for index, example in enumerate(examples)
+        for example in examples
     )
     return f'<div class="pg-examples" role="group" aria-label="Example photos">{buttons}</div>' if examples else ""
 
 
-def not_a_photo(reason: str) -> str:
-    """Why what was sent could not be used, in the place of an answer."""
-    return f'<p class="pg-sentence">{escape(reason)} Choose another photo.</p>'
+def maps(branches: int) -> str:
+    """The place of the feature maps: two rows, of as many resolutions as the state has."""
+    rows = "".join(
+        f'<div class="pg-row"><p>{text}</p><div class="pg-line-of-maps" data-maps="{name}" style="--columns:{branches}">'
+        "</div></div>"
+        for name, text in (
+            ("maps", "How large the state is at each position"),
+            ("changes", "How much this step changed it (logarithmic)"),
+        )
+    )
+    title = "The state at each resolution"
+    return (
+        f'<figure class="pg-figure pg-state" id="pg-maps" data-needs-answer>'
+        f"<figcaption>{title}{save_button(title)}</figcaption>"
+        f'<div class="pg-rows">{rows}</div><p class="pg-credit">Dark is low, yellow is high; the colours mean the same at '
+        "every step, so that what stands still has settled.</p></figure>"
+    )
 
 
 def credit(example: ExamplePhoto) -> str:

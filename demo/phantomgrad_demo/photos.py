@@ -25,6 +25,11 @@ class ExamplePhoto:
     file: str
     """Its path inside the package."""
 
+    @property
+    def key(self) -> str:
+        """Its name in addresses: the file's, without folder and ending."""
+        return Path(self.file).stem
+
     def find(self) -> Path | None:
         """The file, or None where the package is not installed or does not ship it."""
         # The package is located, not imported: that would take a second.

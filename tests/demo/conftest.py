@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,20 +62,44 @@ def model(checkpoint: Path) -> MDEQ:
     return MDEQ.from_pretrained(checkpoint)
 
 
-@pytest.fixture(scope="session")
-def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+SERVER = """
+import json, sys, time
+
+def note(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        asked = arguments[1] if event == "socket.connect" else arguments[0]
+        print(json.dumps(str(asked[0] if isinstance(asked, tuple) else asked)), file=asked_hosts, flush=True)
+
+asked_hosts = open(sys.argv[2], "w")
+sys.addaudithook(note)
+seconds = float(sys.argv[3])
+if seconds:
+    from phantomgrad_hub import MDEQ
+    load = MDEQ.from_pretrained
+    def slowly(*arguments):
+        model = load(*arguments)
+        model.block.post_fuse[0].register_forward_pre_hook(lambda *_: time.sleep(seconds))
+        return model
+    MDEQ.from_pretrained = slowly
+from phantomgrad_hub.cli.main import main
+sys.exit(main(["demo", "--checkpoint", sys.argv[1], "--port", "0"]))
+"""
+"""`phantomgrad demo`, which notes the hosts that it asks for; each evaluation of the block takes so many seconds more."""
+
+
+@contextmanager
+def serve(checkpoint: Path, folder: Path, *, seconds_per_step: float = 0.0) -> Iterator[str]:
     """The address that `phantomgrad demo` prints. Whatever the tests send it, its log stays clean."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("needs the extra `demo`")
-    folder = tmp_path_factory.mktemp("page")
-    log, temporary = folder / "log.txt", folder / "temporary"
+    folder.mkdir()
+    log, hosts, temporary = folder / "log.txt", folder / "hosts.txt", folder / "temporary"
     temporary.mkdir()
-    command = [sys.executable, "-m", "phantomgrad_hub.cli.main", "demo", "--checkpoint", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-c", SERVER, str(checkpoint), str(hosts), str(seconds_per_step)]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with (
         log.open("w") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "TMPDIR": str(temporary)}
-        ) as server,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as server,
     ):
         try:
             assert server.stdout is not None
@@ -86,3 +113,25 @@ def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             server.kill()
     assert not [path for path in temporary.rglob("*") if path.is_file()], "photos that visitors sent are left behind"
     assert log.read_text() == ""
+    # 0.0.0.0 is asked for to see whether a port is free, and looks nowhere.
+    asked = {json.loads(line) for line in hosts.read_text().splitlines()}
+    assert asked <= {"127.0.0.1", "localhost", "0.0.0.0", "::1"}, asked
+
+
+@pytest.fixture(scope="session")
+def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the page of `checkpoint`."""
+    with serve(checkpoint, tmp_path_factory.mktemp("demo") / "page") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium, without a window."""
+    pytest.importorskip("playwright", reason="needs the extra `dev`")
+    from browsing import CHROMIUM, chromium
+
+    if CHROMIUM is None:
+        pytest.skip("Debian's chromium is not installed")
+    with chromium() as browser:
+        yield browser

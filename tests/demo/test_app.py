@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -13,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 
+from conftest import serve
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -36,13 +39,97 @@ def test_classify_gives_every_class_its_probability(client: Client, model: MDEQ)
     assert sum(result.values()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_classify_is_the_only_endpoint(client: Client) -> None:
+def test_there_are_five_endpoints_whose_parameters_have_names_and_defaults(client: Client) -> None:
     endpoints = client.view_api(return_format="dict", print_info=False)
     assert isinstance(endpoints, dict)
-    assert list(endpoints["named_endpoints"]) == ["/classify"]
     assert endpoints["unnamed_endpoints"] == {}
-    [parameter] = endpoints["named_endpoints"]["/classify"]["parameters"]
-    assert parameter["parameter_name"] == "photo"
+    parameters = {
+        name: {each["parameter_name"]: each.get("parameter_default") for each in endpoint["parameters"]}
+        for name, endpoint in endpoints["named_endpoints"].items()
+    }
+    assert parameters == {
+        "/classify": {"photo": None},
+        "/settle": {"photo": None, "solver": "fixed point", "max_steps": 24, "tolerance": 0.01, "damping": 0.7},
+        "/gradient": {"photo": None, "steps": 5, "damping": 0.7},
+        "/nearby": {"photo": None, "change": "brightness", "percent": 5},
+        "/about": {},
+    }
+    assert "raw.githubusercontent.com" not in json.dumps(endpoints)
+
+
+def test_settle_tells_every_step(client: Client, model: MDEQ) -> None:
+    photo = handle_file(str(available()[0].find()))
+    own = client.predict(photo=photo, api_name="/settle")
+    assert own["settled"]
+    assert own["steps"] == len(own["residuals"]) == len(own["residuals_by_resolution"]) == len(own["labels"])
+    assert own["residuals"][-1] <= 0.01
+    assert (own["label"], pytest.approx(own["probability"], abs=1e-5)) == model.classify(available()[0].find(), top=1)[
+        0
+    ]
+    short = client.predict(photo=photo, solver="Broyden", max_steps=2, api_name="/settle")
+    assert not short["settled"]
+    assert short["steps"] == 2
+
+
+def test_gradient_nearby_and_about(client: Client, model: MDEQ) -> None:
+    photo = handle_file(str(available()[0].find()))
+    found = client.predict(photo=photo, steps=4, api_name="/gradient")
+    assert found["exact"]["cosine"] == pytest.approx(1.0)
+    assert found["Neumann phantom"]["products"] == 4 < found["exact"]["products"]
+    started = client.predict(photo=photo, percent=2, api_name="/nearby")
+    assert started["warm"]["steps"] < started["cold"]["steps"]
+    about = client.predict(api_name="/about")
+    assert about["classes"] == model.labels
+    assert (about["solver"], about["max_steps"], about["tolerance"], about["damping"]) == ("fixed point", 24, 0.01, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "message"),
+    [
+        ("/settle", {"max_steps": 61}, "The most steps are a whole number from 1 to 60, not 61."),
+        ("/settle", {"max_steps": 2.5}, "The most steps are a whole number from 1 to 60, not 2.5."),
+        ("/settle", {"tolerance": 0}, "The tolerance is from 1e-05 to 1, not 0."),
+        ("/settle", {"damping": 2}, "The damping is from 0.05 to 1, not 2."),
+        ("/settle", {"solver": "newton"}, "is not in the list of choices"),
+        ("/gradient", {"steps": 0}, "The steps are a whole number from 1 to 12, not 0."),
+        ("/gradient", {"damping": 0}, "The damping is from 0.05 to 1, not 0."),
+        ("/nearby", {"percent": 90}, "The change is by 0 to 30 percent, not 90."),
+        ("/nearby", {"change": "rotation"}, "is not in the list of choices"),
+    ],
+)
+def test_values_out_of_range_are_refused_in_words(
+    client: Client, endpoint: str, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AppError, match=re.escape(message)):
+        client.predict(photo=handle_file(str(available()[0].find())), **values, api_name=endpoint)
+
+
+def test_answers_of_visitors_who_come_together_are_their_own(page: str, model: MDEQ, tmp_path: Path) -> None:
+    photos = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(photos):
+        Image.effect_noise((64, 64), 40 + 40 * number).convert("RGB").save(path)
+    expected = [dict(model.classify(str(path), top=len(model.labels))) for path in photos]
+
+    def ask(path: Path) -> list[dict[str, float]]:
+        with closing(Client(page, verbose=False)) as visitor:
+            return [visitor.predict(photo=handle_file(str(path)), api_name="/classify") for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for answers, own in zip(pool.map(ask, photos), expected, strict=True):
+            assert answers == [pytest.approx(own, abs=1e-4)] * 3
+
+
+def test_a_full_queue_is_told_and_empties(checkpoint: Path, tmp_path: Path) -> None:
+    with serve(checkpoint, tmp_path / "page", seconds_per_step=0.1) as address:
+        photo = Image.new("RGB", (8, 8))
+        photo.save(tmp_path / "photo.png")
+        client = Client(address, verbose=False)
+        jobs = [client.submit(photo=handle_file(str(tmp_path / "photo.png")), api_name="/classify") for _ in range(24)]
+        told = [job.exception(timeout=120) for job in jobs]
+        client.close()
+    full = [error for error in told if error is not None]
+    assert 1 <= len(full) <= 8
+    assert all("queue is full" in str(error).lower() for error in full)
 
 
 def test_a_text_file_is_refused_in_words(client: Client, tmp_path: Path) -> None:

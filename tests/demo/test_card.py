@@ -48,3 +48,21 @@ def test_a_missing_or_broken_card_tells_nothing(text: str | None, tmp_path: Path
 def test_datasets_alone_are_enough(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\ndatasets: [tiny-imagenet]\n---\n")
     assert read_facts(tmp_path) == Facts(dataset="tiny-imagenet")
+
+
+def test_reads_the_table_of_accuracies_by_steps(tmp_path: Path) -> None:
+    table = "| solver stopped after | top-1 |\n| --- | --- |\n| 4 | 43.64 % |\n| 1 | 1.50 % |\n\n| other | 3 |\n"
+    (tmp_path / "README.md").write_text(CARD.format(metric="accuracy", value=36.1) + table)
+    assert list(read_facts(tmp_path).accuracy_by_steps.items()) == [
+        (1, pytest.approx(0.015)),
+        (4, pytest.approx(0.4364)),
+    ]
+    (tmp_path / "README.md").write_text(CARD.format(metric="accuracy", value=36.1))
+    assert read_facts(tmp_path).accuracy_by_steps == {}
+
+
+def test_the_embedded_card_has_it() -> None:
+    import phantomgrad_hub
+
+    assert phantomgrad_hub.__file__ is not None
+    assert read_facts(Path(phantomgrad_hub.__file__).parent / "embedded").accuracy_by_steps[32] == pytest.approx(0.4449)

@@ -18,7 +18,7 @@ gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 from gradio.data_classes import ImageData  # noqa: E402
 
 from phantomgrad_demo.guard import GuardedImage, GuardedSlider, Refused, refusal  # noqa: E402
-from phantomgrad_demo.markup import not_a_photo  # noqa: E402
+from phantomgrad_demo.panels import hint  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_messages_cannot_bring_markup() -> None:
     refused = refusal("broken chunk <img src=x>.")
     assert refused.message == "Broken chunk &lt;img src=x&gt;."
     assert refused.print_exception is False
-    assert "<img" not in not_a_photo("Broken chunk <img src=x>.")
+    assert "<img" not in hint("Broken chunk <img src=x>.").takeaway
 
 
 @pytest.mark.parametrize(

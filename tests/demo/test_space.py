@@ -26,13 +26,17 @@ def test_the_front_matter_pins_the_gradio_it_is_tested_with() -> None:
     assert body.strip()
 
 
-def test_the_requirements_are_the_distributions() -> None:
+def test_the_requirements_are_the_distributions_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = {line for line in project["dependencies"] + extras["hub"] + extras["demo"] if "[" not in line}
-    listed = {line for line in (SPACE / "requirements.txt").read_text(encoding="utf-8").splitlines() if line}
-    assert {Requirement(line).name for line in wanted} - {"gradio"} == {Requirement(line).name for line in listed}
-    assert listed <= wanted
+    allowed = {Requirement(line).name: Requirement(line).specifier for line in wanted if not line.startswith("gradio")}
+    listed = [Requirement(line) for line in (SPACE / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    assert {each.name for each in listed} == set(allowed)
+    for each in listed:
+        [pin] = each.specifier
+        assert pin.operator == "=="
+        assert pin.version in allowed[each.name]
 
 
 def test_the_app_builds_and_launches_the_embedded_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
