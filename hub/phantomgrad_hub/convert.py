@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from phantomgrad_hub.checkpoint import compare_keys, summarise
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from phantomgrad_hub.labels import LabelLike, cifar10_labels, imagenet_labels
 from phantomgrad_hub.models.builders import (
     CIFAR_LARGE,
     CIFAR_TINY,
@@ -63,20 +64,27 @@ _RULES: tuple[tuple[str, Callable[..., str]], ...] = (
 )
 
 
-def convert_official(path: str | os.PathLike[str], config: MDEQConfig | None = None) -> MDEQ:
+def convert_official(
+    path: str | os.PathLike[str],
+    config: MDEQConfig | Mapping[str, Any] | None = None,
+    *,
+    labels: Sequence[LabelLike] | None = None,
+) -> MDEQ:
     """The model in an official checkpoint file, in eval mode; nothing in the file is executed.
 
-    Both layouts are read, bare or inside a training dictionary, with wrapper prefixes and duplicated blocks. Without
-    `config` every width is inferred from the tensors' shapes. The number of GroupNorm groups and the strides of the
-    stem leave no trace in them: they are taken from the official model of these widths, else assumed with a warning.
-    Raises `CheckpointError` that lists missing, unknown and misshapen keys.
+    Both layouts are read, bare or inside a training dictionary, with wrapper prefixes and duplicated blocks. Every width is
+    inferred from the tensors' shapes, but for what `config` says: a whole one, or some of its fields by name. The number of
+    GroupNorm groups and the strides of the stem leave no trace in the shapes: they are taken from the official model of these
+    widths, else assumed with a warning. `labels` names the classes; without, 1000 are ImageNet-1k's, and the 10 of an
+    official CIFAR-10 model are CIFAR-10's. Raises `CheckpointError` that lists missing, unknown and misshapen keys.
     """
     name = os.fspath(path)
     official = _strip(_read(name), name)
     weights = _rename(official, name)
-    if config is None:
-        config = _infer_config(weights, name)
-    model = MDEQ(config, preprocessing=official_preprocessing(config))
+    if not isinstance(config, MDEQConfig):
+        config = _infer_config(weights, name, config or {})
+    classes = _known_labels(config) if labels is None else labels
+    model = MDEQ(config, labels=classes, preprocessing=official_preprocessing(config))
     expected = model.state_dict()
     problems = compare_keys(weights, expected)
     for key in sorted(set(weights) & set(expected)):
@@ -99,6 +107,10 @@ def convert_key(key: str) -> str | None:
 
 
 def _read(name: str) -> Mapping[Any, Any]:
+    if name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{name} is no file of torch.save, as official checkpoints are; a checkpoint folder needs no conversion"
+        )
     try:
         content = torch.load(name, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -106,7 +118,7 @@ def _read(name: str) -> Mapping[Any, Any]:
     except IsADirectoryError as error:
         raise CheckpointError(f"{name} is a folder; give the file that torch.save wrote") from error
     except Exception as error:  # a damaged pickle raises whatever the damage leads to
-        raise CheckpointError(f"{name} is damaged, or holds more than tensors, which is never loaded") from error
+        raise CheckpointError(f"{name} {_why_unreadable(name, error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -114,6 +126,27 @@ def _read(name: str) -> Mapping[Any, Any]:
     if foreign := [str(key) for key, value in content.items() if not (isinstance(key, str) and torch.is_tensor(value))]:
         raise CheckpointError(f"{name} holds entries that are no tensors: {summarise(foreign)}")
     return content
+
+
+def _why_unreadable(name: str, error: Exception) -> str:
+    """What the file is instead, where that can be told."""
+    with Path(name).open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b"<"):
+        return "is a web page: download the file that it links to"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS: fetch the file itself with git lfs pull"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"holds more than tensors, {found[1]}, which is never loaded; have its author save the state_dict alone"
+    return "is damaged, or holds more than tensors, which is never loaded; download it again"
+
+
+def _known_labels(config: MDEQConfig) -> Sequence[LabelLike] | None:
+    """The classes of the datasets that the official models were trained on."""
+    if config.num_classes == len(imagenet_labels()):
+        return imagenet_labels()
+    trained_on_cifar10 = any(_has_widths_of(config.to_dict(), known) for known in (CIFAR_TINY, CIFAR_LARGE))
+    return cifar10_labels() if trained_on_cifar10 and config.num_classes == 10 else None
 
 
 def _strip(official: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -144,7 +177,7 @@ def _rename(official: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return weights
 
 
-def _infer_config(weights: Mapping[str, Tensor], name: str) -> MDEQConfig:
+def _infer_config(weights: Mapping[str, Tensor], name: str, given: Mapping[str, Any]) -> MDEQConfig:
     def conv(module: str) -> Tensor:
         for tensor in (_WEIGHT_NORM["weight_v"], "weight"):
             if f"{module}.{tensor}" in weights:
@@ -176,24 +209,35 @@ def _infer_config(weights: Mapping[str, Tensor], name: str) -> MDEQConfig:
         "weight_norm_post_fuse": has(f"block.post_fuse.0.conv.{gain}"),
         "injection_layer": has("stem.injection.conv.weight"),
     }
+    official = _official_config(widths, count(r"stem\.layers\.(\d)\."), name, given)
     try:
-        return replace(_official_config(widths, count(r"stem\.layers\.(\d)\."), name), **widths)
+        return MDEQConfig.from_dict({**official, **widths, **given})
     except ConfigError as error:
         raise CheckpointError(f"{name} is no MDEQ classifier that can be built: {error}") from error
 
 
-def _official_config(widths: Mapping[str, Any], stem_layers: int, name: str) -> MDEQConfig:
-    """The official config that supplies what shapes do not show, for these widths."""
+def _official_config(
+    widths: Mapping[str, Any], stem_layers: int, name: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The official config that supplies what shapes do not show, for these widths; warns where that is a guess."""
     for known in (CIFAR_TINY, CIFAR_LARGE, IMAGENET_SMALL, IMAGENET_XL):
-        if all(getattr(known, key) == widths[key] for key in ("channels", "head_channels", "final_channels")):
-            return known
-    downsamplings = stem_layers if stem_layers > 2 else 2
-    assumed = IMAGENET_SMALL if widths["injection_layer"] else CIFAR_TINY
-    if assumed is IMAGENET_SMALL:
-        assumed = replace(assumed, input_downsamplings=downsamplings)
-    warnings.warn(
-        f"{name} has the widths of no official model: assuming {assumed.groups} groups and "
-        f"{assumed.input_downsamplings} input downsamplings; pass config= if that is wrong",
-        stacklevel=4,
-    )
+        if _has_widths_of(widths, known):
+            return known.to_dict()
+    assumed = (IMAGENET_SMALL if widths["injection_layer"] else CIFAR_TINY).to_dict()
+    if widths["injection_layer"]:
+        assumed["input_downsamplings"] = stem_layers if stem_layers > 2 else 2
+    hidden = {"groups": "groups", "input_downsamplings": "input downsamplings"}
+    if guessed := [f"{assumed[key]} {words}" for key, words in hidden.items() if key not in given]:
+        warnings.warn(
+            f"{name} has the widths of no official model: assuming {' and '.join(guessed)}; "
+            f"give a config with {' and '.join(key for key in hidden if key not in given)} if that is wrong",
+            stacklevel=4,
+        )
     return assumed
+
+
+def _has_widths_of(widths: Mapping[str, Any], known: MDEQConfig) -> bool:
+    names = ("channels", "head_channels")
+    return all(tuple(widths[name] or ()) == getattr(known, name) for name in names) and (
+        widths["final_channels"] == known.final_channels
+    )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .models.mdeq import MDEQ
 
 BATCH_SIZE = 100
+MOST_UNREADABLE = 0.01
+"""The fraction of unreadable images above which there is no evaluation."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
 
@@ -39,6 +41,8 @@ class Evaluation:
     residual_p90: float
     unconverged: int
     """Images on which the solver ran out of steps before its tolerance."""
+    unreadable: int = 0
+    """Further images, which could not be read."""
     accuracy_by_steps: dict[int, float] = field(default_factory=dict[int, float])
     """Top-1 accuracy where the solver is stopped after so many steps."""
 
@@ -70,24 +74,27 @@ def evaluate(
     """Classify every image of `images`, whose class indices mean `labels`, with the model's own preprocessing.
 
     Runs in float32 with the model's evaluation solver. `steps` asks for the accuracy after each of these numbers of
-    solver steps too, and changes nothing else. Classes are matched by identifier or name; raises `DataError` for one
-    that the model lacks.
+    solver steps too, and changes nothing else. Classes are matched by identifier or name. Raises `DataError` for one
+    that the model lacks, and where more than 1 % of the images cannot be read.
     """
     return summarise(evaluate_images(model, images, labels, steps=steps, batch_size=batch_size, progress=progress))
 
 
 def summarise(records: dict[str, Tensor]) -> Evaluation:
-    """The figures of the records that `evaluate_images` made."""
-    rank, residual = records["rank"], records["residual"].double()
-    by_steps = {int(name.split("_")[-1]): values for name, values in records.items() if name.startswith("right_after_")}
+    """The figures of the records that `evaluate_images` made, over the images that could be read."""
+    readable = records["readable"]
+    kept = {name: values[readable] for name, values in records.items()}
+    residual = kept["residual"].double()
+    by_steps = {int(name.split("_")[-1]): values for name, values in kept.items() if name.startswith("right_after_")}
     return Evaluation(
-        count=len(rank),
-        top1=_mean(rank < 1),
-        top5=_mean(rank < 5),
-        steps_mean=_mean(records["steps"]),
+        count=len(residual),
+        top1=_mean(kept["rank"] < 1),
+        top5=_mean(kept["rank"] < 5),
+        steps_mean=_mean(kept["steps"]),
         residual_median=float(residual.quantile(0.5)),
         residual_p90=float(residual.quantile(0.9)),
-        unconverged=int((~records["converged"]).sum()),
+        unconverged=int((~kept["converged"]).sum()),
+        unreadable=int((~readable).sum()),
         accuracy_by_steps={count: _mean(values) for count, values in sorted(by_steps.items())},
     )
 
@@ -101,19 +108,22 @@ def evaluate_images(
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Per image: `rank` of the true class (0 is best), solver `steps`, final `residual`, `converged`, and
-    `right_after_N` for each number N in `steps`. All on the CPU, in the order of the images."""
+    """Per image: `rank` of the true class (0 is best), solver `steps`, final `residual`, `converged`, `readable`, and
+    `right_after_N` for each number N in `steps`. All on the CPU, in the order of the images. Where `readable` is False the
+    other figures are those of a blank image; raises `DataError` where more than 1 % are."""
     if any(count < 1 for count in steps):
         raise ValueError(f"steps must be at least 1, not {min(steps)}")
+    if not len(images):
+        raise DataError("there are no images to evaluate")
     classes = torch.tensor(match_classes(model.classes, labels))
     targets = classes[torch.tensor(images.targets)]
     device = next(model.parameters()).device
     batches: list[dict[str, Tensor]] = []
     done = 0
     with _evaluating(model):
-        for batch in _preprocessed(model, images, batch_size):
+        for batch, readable in _preprocessed(model, images, batch_size):
             target = targets[done : done + len(batch)].to(device)
-            batches.append(_classified(model, batch.to(device), target, steps))
+            batches.append({**_classified(model, batch.to(device), target, steps), "readable": readable})
             done += len(batch)
             if progress is not None:
                 progress(done, len(images))
@@ -131,11 +141,12 @@ def default_steps(model: MDEQ) -> tuple[int, ...]:
 def match_classes(known: Sequence[ClassLabel], wanted: Sequence[ClassLabel]) -> list[int]:
     """For every label in `wanted` the index of the same class in `known`: by identifier, else by name.
 
+    Names are compared without regard to case, and with `_` for a space; a name that is an identifier counts as one.
     Raises `DataError` where a class is not known.
     """
     by_id = {label.id: index for index, label in enumerate(known) if label.id is not None}
-    by_name = {label.name.casefold(): index for index, label in enumerate(known)}
-    found = [by_id.get(label.id or "", by_name.get(label.name.casefold())) for label in wanted]
+    by_name = {_plain(label.name): index for index, label in enumerate(known)}
+    found = [by_id.get(label.id or "", by_id.get(label.name, by_name.get(_plain(label.name)))) for label in wanted]
     unknown = [label.name for label, index in zip(wanted, found, strict=True) if index is None]
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
@@ -144,6 +155,10 @@ def match_classes(known: Sequence[ClassLabel], wanted: Sequence[ClassLabel]) -> 
             "Classes are matched by name or WordNet id."
         )
     return [index for index in found if index is not None]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def best_states(solution: Solution, steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -219,20 +234,39 @@ def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[in
     return {name: values.cpu() for name, values in record.items()}
 
 
-def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int) -> Iterator[Tensor]:
-    """Batches `(B, 3, H, W)` in order; the next one is decoded while the model works on the last."""
+def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `(B, 3, H, W)` in order, and which of their images `(B,)` could be read; the others are blank.
+
+    The next batch is decoded while the model works on the last.
+    """
+    size, unreadable = model.preprocessing.size, dict[int, DataError]()
 
     def prepare(index: int) -> Tensor:
-        return model.preprocess(images.image(index))
+        try:
+            return model.preprocess(images.image(index))
+        except DataError as error:
+            unreadable[index] = error
+            return torch.zeros(1, 3, size, size)
 
     starts = range(0, len(images), batch_size)
     with ThreadPoolExecutor(max_workers=2) as pool:
         pending = [pool.submit(prepare, index) for index in range(min(batch_size, len(images)))]
         for start in starts:
             batch = torch.cat([future.result() for future in pending])
+            _check_unreadable(unreadable, images)
+            readable = torch.tensor([index not in unreadable for index in range(start, start + len(batch))])
             following = range(start + batch_size, min(start + 2 * batch_size, len(images)))
             pending = [pool.submit(prepare, index) for index in following]
-            yield batch
+            yield batch, readable
+
+
+def _check_unreadable(unreadable: dict[int, DataError], images: ImageSplit) -> None:
+    found = sorted(unreadable)
+    if len(found) > MOST_UNREADABLE * len(images):
+        raise DataError(
+            f"{len(found)} of {len(images)} images to evaluate cannot be read, more than {MOST_UNREADABLE:.0%}; repair or "
+            f"replace them. The first: {unreadable[found[0]]}"
+        )
 
 
 def _mean(values: Tensor) -> float:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from phantomgrad_hub.errors import LabelError
@@ -41,6 +46,40 @@ def parse_labels(values: Iterable[LabelLike]) -> tuple[ClassLabel, ...]:
     _check_unique("names", [label.name for label in labels])
     _check_unique("ids", [label.id for label in labels if label.id is not None])
     return labels
+
+
+@cache
+def imagenet_labels() -> tuple[ClassLabel, ...]:
+    """The 1000 classes of ImageNet-1k with their WordNet ids, in the usual order, that of the ids.
+
+    The names are the short ones of anishathalye/imagenet-simple-labels (public domain).
+    """
+    text = (resources.files("phantomgrad_hub") / "imagenet_1k.tsv").read_text(encoding="utf-8")
+    rows = (line.split("\t") for line in text.splitlines())
+    return parse_labels(ClassLabel(name=name, id=wnid) for wnid, name in rows)
+
+
+def cifar10_labels() -> tuple[ClassLabel, ...]:
+    """The classes of CIFAR-10 in the order of its files."""
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    return parse_labels(names)
+
+
+def read_labels(path: str | os.PathLike[str]) -> tuple[ClassLabel, ...]:
+    """The classes in a file, in order: JSON as in a checkpoint's `labels.json` or a list of names, else a name a line."""
+    name = os.fspath(path)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+        if not text.lstrip().startswith(("[", "{")):
+            return parse_labels(line.strip() for line in text.splitlines() if line.strip())
+        entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise LabelError("it must hold a list of classes")
+        return parse_labels(entries)
+    except OSError as error:
+        raise LabelError(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LabelError(f"{name} names no classes: {error}") from error
 
 
 def default_labels(count: int) -> tuple[ClassLabel, ...]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image"
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+"""Endings, in lower case, of the files that count as photos in a folder."""
 MAX_PIXELS = 40_000_000
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ORIENTATION_TAG = 0x0112

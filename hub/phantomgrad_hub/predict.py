@@ -16,8 +16,7 @@ from phantomgrad import NotConvergedWarning, attachments
 
 from .errors import ImageError
 from .models.mdeq import MDEQ
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+from .photos import SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)

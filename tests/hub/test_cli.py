@@ -116,7 +116,7 @@ def test_every_help_has_an_example_that_parses(command: str, capsys: pytest.Capt
         (["train", "tiny_imagenet", "--out", "run"], "--data"),
         (
             ["train", "huge", "--data", "d", "--out", "r"],
-            "no recipe 'huge'; recipes are tiny_imagenet, cifar10_tiny, cifar10_large",
+            "no recipe 'huge'; recipes are finetune, tiny_imagenet, cifar10_tiny, cifar10_large",
         ),
         (["train", "tiny_imagenet", "--data", "d", "--out", "r", "--set", "lr=1"], "did you mean optimizer.lr?"),
         (["train", "tiny_imagenet", "--data", "d", "--out", "r", "--set", "epochs=x"], "expected an integer, not 'x'"),
@@ -361,6 +361,32 @@ def test_failures_of_train_and_evaluate_are_one_line_and_status_1(
         (data / "train" / "mauve").rmdir()
 
 
+def test_all_photos_of_a_folder_without_splits_can_be_measured(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        (tmp_path / name.upper()).mkdir()
+        picture(NAMES.index(name), 0).save(tmp_path / name.upper() / "0.png")
+    command = ["evaluate", checkpoint, "--data", str(tmp_path), "--no-progress"]
+    _fails(capsys, command, 1, "no class has an image to hold out; --split all measures all of them")
+    assert main([*command, "--split", "all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 3
+    assert main([*command, "--split", "all"]) == 0
+    assert "measured on all" in capsys.readouterr().out
+
+
+def test_an_evaluation_says_how_many_photos_were_left_out(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "train", 1)
+    write_folder(tmp_path / "val", 40)
+    (tmp_path / "val" / "red" / "007.png").write_text("no photo")
+    assert main(["evaluate", checkpoint, "--data", str(tmp_path), "--no-progress"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["photos", "119"] for line in printed)
+    assert any(line.split() == ["photos", "that", "cannot", "be", "read,", "left", "out", "1"] for line in printed)
+
+
 def test_convert_refuses_what_is_no_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "weights.pkl"
     file.write_text("nothing")
@@ -374,7 +400,7 @@ def test_convert_refuses_what_is_no_official_checkpoint(tmp_path: Path, capsys: 
     [
         ("PIL", "hub", ["predict", "{photo}", "--checkpoint", "{checkpoint}"]),
         ("safetensors", "hub", ["predict", "{photo}", "--checkpoint", "{checkpoint}"]),
-        ("torchvision.datasets", "train", ["evaluate", "{checkpoint}", "--data", "{data}"]),
+        ("torchvision.datasets", "train", ["evaluate", "{checkpoint}", "--data", "cifar10:{data}"]),
         ("accelerate", "train", ["train", "tiny_imagenet", "--data", "{data}", "--out", "{out}", *RECIPE]),
         ("tqdm", "train", ["evaluate", "{checkpoint}", "--data", "{data}"]),
         ("gradio", "demo", ["demo"]),

@@ -12,7 +12,7 @@ from small import pooled_config
 
 from phantomgrad import FixedPointIteration, attachments
 from phantomgrad_hub import MDEQ, ClassLabel
-from phantomgrad_hub.data import DataError, Source, open_source
+from phantomgrad_hub.data import DataError, Source, Subset, open_source
 from phantomgrad_hub.evaluate import Evaluation, default_steps, evaluate, evaluate_images, match_classes
 
 LABELS = tuple(ClassLabel(name=name, id=f"n{index}") for index, name in enumerate(sorted(NAMES)))
@@ -110,6 +110,14 @@ def test_classes_are_matched_by_identifier_then_name_never_by_position() -> None
         match_classes(LABELS, [ClassLabel(name="mauve"), ClassLabel(name="red"), ClassLabel(name="sky", id="n9")])
 
 
+def test_names_are_compared_loosely_and_a_name_may_be_an_identifier() -> None:
+    known = [ClassLabel(name="king penguin", id="n02056570"), ClassLabel(name="goldfish", id="n01443537")]
+    data = [ClassLabel(name="n01443537"), ClassLabel(name="King_Penguin"), ClassLabel(name="king  penguin", id="n9")]
+    assert match_classes(known, data) == [1, 0, 0]
+    with pytest.raises(DataError, match="1 of 1 classes of the data are unknown to the model: 'kingpenguin'"):
+        match_classes(known, [ClassLabel(name="kingpenguin")])
+
+
 def test_a_model_whose_classes_are_in_another_order_has_the_same_accuracy(model: MDEQ, source: Source) -> None:
     order = [2, 0, 1]
     other = MDEQ(model.config, labels=[LABELS[index] for index in order])
@@ -130,3 +138,30 @@ def test_default_steps_end_where_the_solver_does(model: MDEQ) -> None:
 def test_steps_below_one_are_refused(model: MDEQ, source: Source) -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
         evaluate(model, source.validation, source.labels, steps=(0, 2))
+
+
+def test_a_few_unreadable_images_are_left_out_and_counted(model: MDEQ, tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 1)
+    write_folder(tmp_path / "val", 70)
+    source = open_source(tmp_path)
+    whole = evaluate_images(model, source.validation, source.labels, steps=(2,), batch_size=16)
+    for index in (3, 209):
+        Path(source.validation.name(index)).write_bytes(b"garbage")
+    records = evaluate_images(model, source.validation, source.labels, steps=(2,), batch_size=16)
+    assert (~records["readable"]).nonzero().flatten().tolist() == [3, 209]
+    kept = records["readable"]
+    for name, values in whole.items():
+        torch.testing.assert_close(records[name][kept], values[kept], rtol=1e-3, atol=1e-6)
+    found = evaluate(model, source.validation, source.labels, batch_size=16)
+    assert (found.count, found.unreadable) == (208, 2)
+    assert found.top1 == pytest.approx(float((whole["rank"][kept] < 1).double().mean()))
+    assert Evaluation.from_dict(found.to_dict()) == found
+    Path(source.validation.name(5)).write_bytes(b"garbage")
+    message = r"^3 of 210 images to evaluate cannot be read, more than 1%; repair or replace them\. The first: \S+val/blue/003\.png: "
+    with pytest.raises(DataError, match=message):
+        evaluate(model, source.validation, source.labels, batch_size=16)
+
+
+def test_an_evaluation_of_nothing_is_refused(model: MDEQ, source: Source) -> None:
+    with pytest.raises(DataError, match="there are no images to evaluate"):
+        evaluate(model, Subset(source.validation, []), source.labels)

@@ -13,6 +13,11 @@ from phantomgrad import PhantomGradError
 from phantomgrad_hub.json_text import json_text
 
 PROGRAM = "phantomgrad"
+DATA_HELP = (
+    "folder of one subfolder of photos for each class, or of train and val with such subfolders; folder of train-*.parquet and "
+    "validation-*.parquet; cifar10:FOLDER, imagenette:FOLDER or imagenet:FOLDER as torchvision lays them out; user/name on the "
+    "Hugging Face Hub, streamed"
+)
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells have it."""
 

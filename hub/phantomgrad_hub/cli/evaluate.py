@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_command, add_device, default_device, positive_integer, print_json, seed, step_counts, table
+from .common import (
+    DATA_HELP,
+    add_command,
+    add_device,
+    default_device,
+    positive_integer,
+    print_json,
+    seed,
+    step_counts,
+    table,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -19,9 +29,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="embedded, a folder, or a repository of the Hugging Face Hub"
     )
-    parser.add_argument("--data", required=True, help="folder of parquet files, or of one subfolder of photos a class")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument(
-        "--split", choices=("validation", "train"), default="validation", help="which photos; validation by default"
+        "--split",
+        choices=("validation", "train", "all"),
+        default="validation",
+        help="which photos; validation by default, a held-out tenth where there is no such split",
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="the seed of the training, which decides what a held-out tenth is (0)"
@@ -40,14 +53,19 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the figures."""
-    from phantomgrad_hub.data import open_source
+    from phantomgrad_hub.data import DataError, Joined, open_source
     from phantomgrad_hub.evaluate import BATCH_SIZE, default_steps, evaluate
     from phantomgrad_hub.extras import require
     from phantomgrad_hub.models.mdeq import MDEQ
 
     model = MDEQ.from_pretrained(options.checkpoint).to(default_device(options.device))
     source = open_source(options.data, seed=options.seed)
-    images = source.validation if options.split == "validation" else source.train
+    if options.split == "all":
+        images = Joined(source.train, source.validation)
+    else:
+        images = source.validation if options.split == "validation" else source.train
+    if not len(images):
+        raise DataError(f"{source.description}: no class has an image to hold out; --split all measures all of them")
     # None shows the bar on a terminal only.
     hidden = True if options.no_progress else None
     with require("tqdm", "train").tqdm(total=len(images), unit="photo", disable=hidden, leave=False) as bar:
@@ -74,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
         ("relative residual, 90th percentile", f"{found.residual_p90:.1e}"),
         ("photos above the solver's tolerance", str(found.unconverged)),
     ]
+    if found.unreadable:
+        rows.append(("photos that cannot be read, left out", str(found.unreadable)))
     print(table(rows))
     print(
         table(

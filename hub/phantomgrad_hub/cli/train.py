@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
-from .common import UsageError, add_command, device, print_json
+from .common import DATA_HELP, UsageError, add_command, device, print_json
 
 
 def add_parser(commands: Any) -> None:
@@ -20,13 +21,10 @@ def add_parser(commands: Any) -> None:
         "1 failed, 2 bad usage",
         example="phantomgrad train tiny_imagenet --data tiny-imagenet --out run --set epochs=20",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="tiny_imagenet, cifar10_tiny, cifar10_large or imagenet_small")
     parser.add_argument(
-        "--data",
-        required=True,
-        help="folder of train-*.parquet and validation-*.parquet, or of one subfolder of photos a class, or "
-        "cifar10:FOLDER, imagenette:FOLDER, imagenet:FOLDER as torchvision lays them out",
+        "recipe", metavar="RECIPE", help="finetune, tiny_imagenet, cifar10_tiny, cifar10_large or imagenet_small"
     )
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--out", required=True, help="the run's folder: last, best, metrics.jsonl, config.json, state")
     parser.add_argument(
         "--init", metavar="CHECKPOINT", help="fine-tune this checkpoint with a new head for the data's classes"
@@ -57,9 +55,16 @@ def run(options: argparse.Namespace) -> int:
         config = apply_settings(RECIPES[options.recipe](), options.set)
     except SettingError as error:
         raise UsageError(str(error)) from error
+    if options.recipe == "finetune" and options.init is None:
+        raise UsageError(
+            "finetune needs --init CHECKPOINT, such as --init embedded; to train from scratch take tiny_imagenet"
+        )
     if options.device is not None and options.device.type != "cpu":
         raise UsageError("--device takes only cpu here; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch")
+    require("accelerate", "train")  # said before anything about the data
     source = open_source(options.data, seed=config.seed)
+    if not options.json and os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
+        print(source.description, flush=True)
     result = train(
         config,
         source,

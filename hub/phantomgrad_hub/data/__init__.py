@@ -3,6 +3,7 @@
 from .errors import DataError as DataError
 from .sources import FolderImages as FolderImages
 from .sources import ImageSplit as ImageSplit
+from .sources import Joined as Joined
 from .sources import ParquetImages as ParquetImages
 from .sources import Source as Source
 from .sources import Subset as Subset
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "FolderImages",
     "ImageSplit",
+    "Joined",
     "ParquetImages",
     "Source",
     "Subset",

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from phantomgrad_hub.errors import ImageError
+from phantomgrad_hub.checkpoint import summarise
+from phantomgrad_hub.errors import ImageError, LabelError
 from phantomgrad_hub.extras import require
-from phantomgrad_hub.labels import ClassLabel, parse_labels
+from phantomgrad_hub.labels import ClassLabel, imagenet_labels, parse_labels
 from phantomgrad_hub.photos import read_photo
 
 from .errors import DataError
+from .folders import LAYOUT, TABLE_FILE, has_subfolders, said_of, scan_classes, split_folders
 from .seeds import derive_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VALIDATION_NAMES = ("validation", "val", "test")
+VALIDATION_NAMES = ("validation", "val", "valid", "test")
 HELD_OUT_FRACTION = 0.1
 
 
@@ -49,6 +51,9 @@ class Source:
     validation: ImageSplit
     labels: tuple[ClassLabel, ...]
     description: str
+    """One line: where it is, how many images of how many classes, what was held out and what was left out."""
+    held_out: bool = False
+    """Whether the validation images are a part of those given for training, set apart."""
 
 
 class ParquetImages:
@@ -96,19 +101,15 @@ class ParquetImages:
 
 
 class FolderImages:
-    """One subfolder a class, found by torchvision's `ImageFolder`."""
+    """The photos in the subfolders of `root`, one a class."""
 
-    def __init__(self, root: Path) -> None:
-        try:
-            folder = require("torchvision.datasets", "train").ImageFolder(str(root))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{root} is not a dataset: {_first_line(error).rstrip('.')}. Expected parquet files named "
-                "train-*.parquet, or one subfolder of photos for each class."
-            ) from error
-        self.class_names: tuple[str, ...] = tuple(folder.classes)
-        self._files = [path for path, _ in folder.samples]
-        self.targets: list[int] = list(folder.targets)
+    def __init__(self, root: Path, *, empty: bool = False) -> None:
+        found = scan_classes(root, empty=empty)
+        self.class_names: tuple[str, ...] = found.names
+        self.ignored = found.ignored
+        """Files that are no photos or lie beside the class folders, relative to `root`."""
+        self._files = found.files
+        self.targets: list[int] = list(found.targets)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -117,7 +118,11 @@ class FolderImages:
         return self._files[index]
 
     def image(self, index: int) -> Image:
-        return _decode(Path(self._files[index]).read_bytes(), self.name(index))
+        try:
+            data = Path(self._files[index]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.name(index)} cannot be read: {error.strerror}.") from error
+        return _decode(data, self.name(index))
 
 
 class Subset:
@@ -139,15 +144,34 @@ class Subset:
         return self._split.image(self._indices[index])
 
 
+class Joined:
+    """The images of several splits, one after the other."""
+
+    def __init__(self, *splits: ImageSplit) -> None:
+        self._places = [(split, index) for split in splits for index in range(len(split))]
+        self.targets: list[int] = [target for split in splits for target in split.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        split, place = self._places[index]
+        return split.name(place)
+
+    def image(self, index: int) -> Image:
+        split, place = self._places[index]
+        return split.image(place)
+
+
 def open_source(path: str | Path, *, seed: int = 0) -> Source:
     """Open the dataset at `path`: parquet files, or one subfolder of photos a class.
 
-    Parquet: `train-*.parquet` and `validation-*.parquet` (or `val-`, `test-`). Folders: `train/` and `val/` (or
-    `validation/`, `test/`), else the class folders themselves. Without a validation split a tenth of each class is
-    held out, chosen by `seed`. A `classes.json` in the folder (rows with `label`, `wnid`, `name`) names the classes.
-    With a prefix, `cifar10:FOLDER`, `imagenette:FOLDER` or `imagenet:FOLDER`: as torchvision lays these out. `user/name`, where
-    no such folder is here, is a dataset of the Hub, and `stream:FOLDER` a folder of parquet files, read as a stream.
-    Raises `DataError` where `path` holds no such dataset.
+    Parquet: `train-*.parquet` and `validation-*.parquet` (or `val-`, `valid-`, `test-`). Folders: `train/` and `val/`
+    (or `validation/`, `valid/`, `test/`) of class folders, else the class folders themselves. Without a validation split
+    a tenth of each class is held out, chosen by `seed`. A `classes.json` in the folder (rows with `label`, `wnid`, `name`)
+    names the classes; WordNet ids of ImageNet-1k are known without. With a prefix, `cifar10:FOLDER`, `imagenette:FOLDER` or
+    `imagenet:FOLDER`: as torchvision lays these out. `user/name`, where no such folder is here, is a dataset of the Hub, and
+    `stream:FOLDER` a folder of parquet files, read as a stream. Raises `DataError` where `path` holds no such dataset.
     """
     from .library import LIBRARY, open_library
     from .streaming import is_repository, open_stream
@@ -158,15 +182,14 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     if separator and prefix == "stream":
         return open_stream(rest)
     root = Path(path)
-    if not root.exists() and is_repository(str(path)):
+    # Where the folder above is here, a folder is meant.
+    if not root.exists() and not root.parent.is_dir() and is_repository(str(path)):
         return open_stream(str(path))
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(
-            f"dataset {root} {what}; give a folder of parquet files or one with a subfolder of photos a class."
-        )
+        raise DataError(f"dataset {root} {what}; give a folder of parquet files, or of {LAYOUT}.")
     parquet = sorted(root.glob("*.parquet"))
-    train, validation = _open_parquet(root, parquet) if parquet else _open_folders(root)
+    train, validation, notes = _open_parquet(root, parquet) if parquet else _open_folders(root)
     names = train.class_names
     if names is None:
         names = tuple(str(row["label"]) for row in _class_table(root))
@@ -174,37 +197,61 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         raise DataError(f"{root}: the label column has no class names; add a classes.json with label, wnid and name.")
     labels = _labels(root, names)
     _check_targets(train, len(labels), root)
+    classes = f"{len(labels)} classes" if len(labels) > 1 else "1 class"
     if validation is None:
         kept, held_out = _hold_out(train.targets, seed)
-        description = f"{root}: {len(kept)} training images, a held-out tenth ({len(held_out)}) for validation"
         return Source(
-            train=Subset(train, kept), validation=Subset(train, held_out), labels=labels, description=description
+            train=Subset(train, kept),
+            validation=Subset(train, held_out),
+            labels=labels,
+            description=f"{root}: {len(kept)} training images of {classes}, a held-out tenth ({len(held_out)}) for "
+            f"validation{notes}",
+            held_out=True,
         )
     _check_targets(validation, len(validation.class_names or labels), root)
-    description = f"{root}: {len(train)} training images, {len(validation)} for validation"
-    return Source(train=train, validation=_renumbered(validation, names, root), labels=labels, description=description)
+    renumbered = _renumbered(validation, names, root)
+    shown = set(renumbered.targets)
+    if unseen := [label.name for index, label in enumerate(labels) if index not in shown]:
+        notes = f"; no validation image of {summarise(unseen, 3)}{notes}"
+    return Source(
+        train=train,
+        validation=renumbered,
+        labels=labels,
+        description=f"{root}: {len(train)} training images of {classes}, {len(validation)} for validation{notes}",
+    )
 
 
-def _open_parquet(root: Path, files: list[Path]) -> tuple[ParquetImages, ParquetImages | None]:
+def _open_parquet(root: Path, files: list[Path]) -> tuple[ParquetImages, ParquetImages | None, str]:
+    """The splits, and what the description says of them."""
+
     def matching(prefix: str) -> list[Path]:
         return [file for file in files if file.name.startswith(f"{prefix}-") or file.stem == prefix]
 
     train = matching("train")
     if not train:
-        raise DataError(f"{root} has no train-*.parquet; it has {', '.join(file.name for file in files[:5])}.")
-    validation = next((found for name in VALIDATION_NAMES if (found := matching(name))), None)
-    return ParquetImages(train), ParquetImages(validation) if validation else None
+        raise DataError(f"{root} has no train-*.parquet; it has {summarise((file.name for file in files), 5)}.")
+    validation = next((found for name in VALIDATION_NAMES if (found := matching(name))), [])
+    used = {*train, *validation}
+    notes = said_of(file.name for file in files if file not in used)
+    return ParquetImages(train), ParquetImages(validation) if validation else None, notes
 
 
-def _open_folders(root: Path) -> tuple[FolderImages, FolderImages | None]:
-    if not (root / "train").is_dir():
-        return FolderImages(root), None
-    validation = next((root / name for name in VALIDATION_NAMES if (root / name).is_dir()), None)
-    return FolderImages(root / "train"), FolderImages(validation) if validation else None
+def _open_folders(root: Path) -> tuple[FolderImages, FolderImages | None, str]:
+    """The splits, and what the description says of them."""
+    if not has_subfolders(root / "train"):  # a class may be called train
+        images = FolderImages(root)
+        return images, None, said_of(images.ignored)
+    validation, beside = split_folders(root, VALIDATION_NAMES)
+    train = FolderImages(root / "train")
+    ignored = [*beside, *(f"train/{name}" for name in train.ignored)]
+    if validation is None:
+        return train, None, said_of(ignored)
+    images = FolderImages(validation, empty=True)
+    return train, images, said_of([*ignored, *(f"{validation.name}/{name}" for name in images.ignored)])
 
 
 def _class_table(root: Path) -> list[dict[str, Any]]:
-    file = root / "classes.json"
+    file = root / TABLE_FILE
     if not file.is_file():
         return []
     try:
@@ -215,14 +262,20 @@ def _class_table(root: Path) -> list[dict[str, Any]]:
 
 
 def _labels(root: Path, names: tuple[str, ...]) -> tuple[ClassLabel, ...]:
-    """The label records of the classes `names`, described by `classes.json` where it knows them."""
+    """The label records of the classes `names`, described by `classes.json` or by ImageNet's names of WordNet ids."""
     rows = _class_table(root)
+    known = {label.id: label for label in imagenet_labels()}
     described = {str(row["label"]): row for row in rows} | {str(row["wnid"]): row for row in rows if "wnid" in row}
-    labels = []
-    for name in names:
-        row = described.get(name, {})
-        labels.append(ClassLabel(name=str(row.get("name", name)), id=row.get("wnid")))
-    return parse_labels(labels)
+    try:
+        labels = [
+            ClassLabel(name=str(row.get("name", name)), id=row.get("wnid"))
+            if (row := described.get(name))
+            else known.get(name, ClassLabel(name=name))
+            for name in names
+        ]
+        return parse_labels(labels)
+    except LabelError as error:
+        raise DataError(f"{root}: {error}.") from error
 
 
 def _check_targets(split: ImageSplit, classes: int, root: Path) -> None:
@@ -239,7 +292,9 @@ def _renumbered(validation: ParquetImages | FolderImages, names: tuple[str, ...]
         return validation
     unknown = [name for name in validation.class_names if name not in names]
     if unknown:
-        raise DataError(f"{root}: validation has classes that training lacks: {', '.join(unknown[:5])}.")
+        raise DataError(
+            f"{root}: validation has classes that training lacks: {summarise(unknown, 5)}; both must name a class alike."
+        )
     return Subset(validation, range(len(validation)), [names.index(name) for name in validation.class_names])
 
 

@@ -45,9 +45,11 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def repair_folder(path: Path) -> None:
-    """Put back the folder that `write_folder` had moved aside when the process was killed."""
+    """Put back the folder that `write_folder` had moved aside when the process was killed, and remove unfinished ones."""
     old = path.with_name(f".{path.name}.old")
     if old.is_dir() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)
+    # A checkpoint is written in a folder of its own beside the partial one: that stays behind too.
+    for left in path.parent.glob(f".*{path.name}.partial*"):
+        shutil.rmtree(left, ignore_errors=True)

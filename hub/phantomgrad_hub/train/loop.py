@@ -29,6 +29,7 @@ from .build import (
     build_model,
     build_optimizer,
 )
+from .checks import check_source
 from .config import TrainConfig
 from .errors import TrainingError
 from .loader import training_batches
@@ -72,6 +73,7 @@ def train(
     resuming needs. SIGTERM and Ctrl-C save and return. Raises `TrainingError` where `out` holds another run, or where
     the loss stops being finite.
     """
+    check_source(config, source)
     accelerator = _accelerator(config, out, cpu)
     run = RunFolder(out, writes=accelerator.is_main_process)
     identity = _identity(config, source, recipe, init)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import platform
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from phantomgrad_hub.checkpoint import summarise
+from phantomgrad_hub.errors import CheckpointError
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.json_text import json_text
 from phantomgrad_hub.models.mdeq import MDEQ
@@ -53,6 +57,7 @@ class RunFolder:
         self._environment = self.path / "environment.json"
         self._writes = writes
         self._lock: Any = None
+        self._saved_step: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -131,38 +136,83 @@ class RunFolder:
         if not self._state.is_file():
             return None
         try:
-            return torch.load(self._state, map_location="cpu", weights_only=True)
+            stored = torch.load(self._state, map_location="cpu", weights_only=True)
+            self._saved_step = stored["position"]["step"]
+            return stored
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(
                 f"{self._state} is damaged; delete {self._state.parent} to start the run anew."
             ) from error
 
     def save(self, state: dict[str, Any], model: MDEQ) -> None:
-        """Store where training stands, and the model it would hand out now as `RUN/last`."""
+        """Store where training stands, and the model it would hand out now as `RUN/last`.
+
+        Raises `TrainingError` where they cannot be written, and where the weights have stopped being finite: a run must
+        not resume from there.
+        """
+        for part in ("model", "average"):
+            self._check_finite(state[part], state["position"]["step"])
         if not self._writes:
             return
-        # The state goes first: `last` can be made again from it, but not the other way round.
-        write_file(self._state, lambda partial: torch.save(state, partial))
+
+        def write_state(partial: Path) -> None:
+            # To a file of Python's: what goes wrong is then an `OSError`, else a message of torch's own.
+            with partial.open("wb") as file:
+                torch.save(state, file)
+
+        with self._writing():
+            # The state goes first: `last` can be made again from it, but not the other way round.
+            write_file(self._state, write_state)
+        self._saved_step = state["position"]["step"]
         self.save_checkpoint(self.last, model)
 
+    def _check_finite(self, weights: dict[str, torch.Tensor], step: int) -> None:
+        if bad := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
+            raise TrainingError(
+                f"{summarise(bad, 1)} became infinite or NaN by step {step}; {self.path} {self._held()}. "
+                "Start another run with a lower optimizer.lr or a lower clip."
+            )
+
+    def _held(self) -> str:
+        """What is there to resume from."""
+        return "holds nothing yet" if self._saved_step is None else f"still holds step {self._saved_step}"
+
     def save_checkpoint(self, folder: Path, model: MDEQ) -> None:
-        """Put a checkpoint of `model` in the place of `folder`."""
+        """Put a checkpoint of `model` in the place of `folder`; raises `TrainingError`."""
         if self._writes:
-            write_folder(folder, model.save_pretrained)
+            with self._writing():
+                write_folder(folder, model.save_pretrained)
+
+    @contextmanager
+    def _writing(self) -> Generator[None, None, None]:
+        """Turn a full disk, and whatever else keeps files from being written, into one line that says what to do."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointError) as error:
+            cause = _cause(error)
+            if cause is None:
+                raise
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+            raise TrainingError(
+                f"{self.path} cannot be written: {reason}; it {self._held()}. "
+                f"{'Free some space' if full else 'Make it writable'}, then the same command goes on."
+            ) from error
 
     def save_result(self, result: dict[str, Any]) -> None:
-        """Store the evaluation of the finished run."""
+        """Store the evaluation of the finished run; raises `TrainingError`."""
         if self._writes:
-            write_json(self._result, result)
+            with self._writing():
+                write_json(self._result, result)
 
     def load_result(self) -> dict[str, Any] | None:
         """What `save_result` stored; None before the run is finished."""
         return json.loads(self._result.read_text(encoding="utf-8")) if self._result.is_file() else None
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; raises `TrainingError`."""
         if self._writes:
-            with self._metrics.open("a", encoding="utf-8") as file:
+            with self._writing(), self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json_text(record) + "\n")
 
     def rewind_log(self, position: Position) -> None:
@@ -178,7 +228,8 @@ class RunFolder:
             repeated = position.awaiting_validation and record["type"] == "validation"
             if record["step"] < position.step or (record["step"] == position.step and not repeated):
                 kept.append(line + "\n")
-        write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+        with self._writing():
+            write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
     def log_environment(self, device: torch.device, processes: int, step: int) -> None:
         """Add this session to `environment.json`: versions, machine, and the step it starts at."""
@@ -189,7 +240,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError):
             sessions = []
         sessions.append({"step": step, "device": _device_name(device), "processes": processes} | _environment())
-        write_json(self._environment, {"sessions": sessions})
+        with self._writing():
+            write_json(self._environment, {"sessions": sessions})
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What the system, or safetensors, said when a file could not be written; None where `error` is about something else."""
+    safetensors = require("safetensors")
+    while error is not None and not isinstance(error, OSError | safetensors.SafetensorError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _environment() -> dict[str, Any]:

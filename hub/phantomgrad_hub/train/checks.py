@@ -1,0 +1,39 @@
+"""Whether a dataset can be trained on, asked before anything is made."""
+
+from __future__ import annotations
+
+from phantomgrad_hub.checkpoint import summarise
+from phantomgrad_hub.data.errors import DataError
+from phantomgrad_hub.data.sources import Source
+
+from .config import TrainConfig
+from .errors import TrainingError
+
+
+def check_source(config: TrainConfig, source: Source) -> None:
+    """Raise one line that says what to do where `source` has too few classes, or too few images for a batch.
+
+    A class is too small as well where its only image cannot be both trained on and held out.
+    """
+    count = len(source.train)
+    if len(source.labels) == 1:
+        raise DataError(
+            f"{source.description}: the only class is {source.labels[0].name!r}, and a classifier needs two. Give a folder "
+            "with one subfolder of photos for each class."
+        )
+    # Asked only then: of a stream, the class indices mean reading all of it.
+    trained, shown = (set(source.train.targets), set(source.validation.targets)) if source.held_out else (set(), set())
+    if alone := [source.labels[target].name for target in sorted(trained - shown)]:
+        raise DataError(
+            f"{source.description}: there is a single image of {summarise(alone, 5)} and none to hold out. Add more, or give "
+            "folders train and val."
+        )
+    if count < config.batch_size:
+        raise TrainingError(
+            f"{count} training images do not fill one batch of {config.batch_size}; add --set batch_size={_fitting(count)}"
+        )
+
+
+def _fitting(count: int) -> int:
+    """A power of two that fits `count` images at least four times, or is four, where there are so many."""
+    return 1 << max(count // 4, min(count, 4)).bit_length() - 1
