@@ -13,13 +13,12 @@ import gradio as gr
 import torch
 from gradio import themes
 
-from phantomgrad_hub import MDEQ
-from phantomgrad_hub.checkpoint import FILES
+from phantomgrad_hub.checkpoint import load_checkpoint
 from phantomgrad_hub.download import locate
 
 from . import markup, panels, photos
 from .api import Api, add_endpoints
-from .card import CARD_FILE, model_line, read_facts
+from .card import model_line, read_facts
 from .guard import GuardedImage, refusal
 from .handlers import Handlers
 from .ports import claim_port
@@ -74,9 +73,9 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
 
     It opens on an example photo that is solved here. Raises `CheckpointError` where there is no such model.
     """
-    folder = locate(checkpoint, None, (*FILES, CARD_FILE))
-    model = MDEQ.from_pretrained(folder).eval()
-    facts = read_facts(folder)
+    found = locate(checkpoint)
+    model = load_checkpoint(found.folder, source=found.source)
+    facts = read_facts(found.folder)
     handlers = Handlers(model=model, examples=photos.available(), checkpoint=_public_name(checkpoint))
     tabs = TabHandlers(page=handlers, accuracy=facts.accuracy_by_steps)
     first = handlers.examples[0].key if handlers.examples else ""

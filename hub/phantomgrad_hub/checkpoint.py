@@ -1,14 +1,7 @@
-"""Checkpoints: a folder of JSON and safetensors, written atomically and read strictly; never a pickle.
-
-config.json          the model config, with the gradient and solver it was trained with
-labels.json          one `{"id", "name"}` per class
-preprocessor.json    how a photo becomes the model's input
-model.safetensors    the weights, float32, or float16 or bfloat16 to be small
-"""
+"""Checkpoints: a folder of JSON and safetensors, written atomically and read strictly; never a pickle."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -23,20 +16,31 @@ from torch import Tensor
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.errors import CheckpointError, CheckpointNotFoundError
 from phantomgrad_hub.extras import require
+from phantomgrad_hub.facts import Facts, Source
+from phantomgrad_hub.files import (
+    CONFIG_FILE,
+    FACTS_FILE,
+    FILES,
+    LABELS_FILE,
+    PREPROCESSOR_FILE,
+    SOURCE_FILE,
+    WEIGHTS_FILE,
+    pickles_among,
+    read_config,
+    read_facts,
+    read_json,
+    read_source,
+    write_config,
+    write_json,
+)
 from phantomgrad_hub.labels import ClassLabel, LabelLike, parse_labels
 from phantomgrad_hub.preprocessing import Preprocessing
+from phantomgrad_hub.text import printable, summarise
 
 if TYPE_CHECKING:
     from phantomgrad_hub.models.mdeq import MDEQ
 
-CONFIG_FILE = "config.json"
-LABELS_FILE = "labels.json"
-PREPROCESSOR_FILE = "preprocessor.json"
-WEIGHTS_FILE = "model.safetensors"
-FILES = (CONFIG_FILE, LABELS_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE)
-
 _CLASSIFIER = "head.classifier."
-_MAX_JSON_BYTES = 64 * 2**20
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,6 +51,8 @@ class Description:
     config: MDEQConfig
     labels: tuple[ClassLabel, ...]
     preprocessing: Preprocessing
+    facts: Facts
+    source: Source | None
 
 
 def save_checkpoint(model: MDEQ, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
@@ -74,18 +80,29 @@ def _write(model: MDEQ, weights: dict[str, Tensor], target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         written = Path(scratch) / "checkpoint"
         written.mkdir()
-        _write_json(written / CONFIG_FILE, model.config.to_dict())
-        _write_json(written / LABELS_FILE, [label.to_dict() for label in model.classes])
-        _write_json(written / PREPROCESSOR_FILE, model.preprocessing.to_dict())
+        write_config(written / CONFIG_FILE, model.config)
+        write_json(written / LABELS_FILE, [label.to_dict() for label in model.classes])
+        write_json(written / PREPROCESSOR_FILE, model.preprocessing.to_dict())
+        optional = {
+            FACTS_FILE: model.facts.to_dict(),
+            SOURCE_FILE: None if model.source is None else model.source.to_dict(),
+        }
+        for file, values in optional.items():
+            if values:
+                write_json(written / file, values)
         require("safetensors.torch").save_file(weights, written / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors makes its file readable by the owner alone; the others have the mode that the umask says.
         shutil.copymode(written / CONFIG_FILE, written / WEIGHTS_FILE)
-        for file in FILES:
+        files = sorted((file.name for file in written.iterdir()), key=lambda name: name == WEIGHTS_FILE)
+        for file in files:
             _flush(written / file)
         if not target.exists():
             os.rename(written, target)
             return
-        for file in FILES:
+        for file in optional.keys() - set(files):
+            # What was known of the weights that were here does not hold for those that follow.
+            (target / file).unlink(missing_ok=True)
+        for file in files:
             os.replace(written / file, target / file)
 
 
@@ -98,9 +115,9 @@ def read_description(folder: Path) -> Description:
                     raise CheckpointNotFoundError(f"{folder} is a run folder; use {folder / inside}")
             raise CheckpointNotFoundError(f"{folder} has no {file}{_hint(folder)}")
     try:
-        config = MDEQConfig.from_dict(_read_json(folder / CONFIG_FILE))
-        preprocessing = Preprocessing.from_dict(_read_json(folder / PREPROCESSOR_FILE))
-        entries = _read_json(folder / LABELS_FILE)
+        config = read_config(folder / CONFIG_FILE)
+        preprocessing = Preprocessing.from_dict(read_json(folder / PREPROCESSOR_FILE))
+        entries = read_json(folder / LABELS_FILE)
         if not isinstance(entries, list):
             raise CheckpointError(f"{LABELS_FILE} must hold a list of classes")
         labels = parse_labels(entries)
@@ -110,11 +127,19 @@ def read_description(folder: Path) -> Description:
         raise CheckpointError(
             f"checkpoint {folder}: {LABELS_FILE} names {len(labels)} classes, {CONFIG_FILE} says {config.num_classes}"
         )
-    return Description(config=config, labels=labels, preprocessing=preprocessing)
+    return Description(
+        config=config,
+        labels=labels,
+        preprocessing=preprocessing,
+        facts=read_facts(folder),
+        source=read_source(folder),
+    )
 
 
-def load_checkpoint(folder: Path, labels: Sequence[LabelLike] | None = None) -> MDEQ:
+def load_checkpoint(folder: Path, labels: Sequence[LabelLike] | None = None, source: Source | None = None) -> MDEQ:
     """The model in `folder`, in eval mode, float32; with other `labels`, a new random classifier for them.
+
+    `source` is the repository and commit that the folder holds, where it is a copy that does not say so itself.
 
     Nothing is assigned unless every key, shape and dtype is as the config says and every weight is finite.
     """
@@ -127,12 +152,28 @@ def load_checkpoint(folder: Path, labels: Sequence[LabelLike] | None = None) -> 
         fresh = [label.name for label in wanted] != [label.name for label in classes]
         classes = wanted if fresh else classes
         config = replace(config, num_classes=len(classes))
+    _check_size(folder / WEIGHTS_FILE, description.config)
     model = MDEQ(config, labels=classes, preprocessing=description.preprocessing)
+    origin = source or description.source
+    if fresh:
+        # What was measured, and where it was fetched from, does not hold for another classifier.
+        model.facts = Facts(base=description.facts.base if origin is None else str(origin))
+    else:
+        model.source, model.facts = origin, description.facts
     expected = dict(model.state_dict())
     kept = {key: expected.pop(key) for key in list(expected) if fresh and key.startswith(_CLASSIFIER)}
     weights = _read_weights(folder / WEIGHTS_FILE, expected, ignored=kept)
     model.load_state_dict({**weights, **kept}, strict=True)
     return model.eval()
+
+
+def _check_size(file: Path, config: MDEQConfig) -> None:
+    """Refuse, before a model is made, a config that asks for a much larger one than the weights are of."""
+    size = file.stat().st_size
+    if size < config.smallest_file:
+        raise CheckpointError(
+            f"{file} has {size:,} bytes, too few for the model that its {CONFIG_FILE} describes; it is damaged, or of another one"
+        )
 
 
 def compare_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -143,13 +184,6 @@ def compare_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
     if unknown := sorted(set(found) - set(expected)):
         problems.append(f"unknown {summarise(unknown)}")
     return problems
-
-
-def summarise(entries: Iterable[str], limit: int = 8) -> str:
-    """The first entries, and how many there are beyond."""
-    listed = list(entries)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
 
 
 def _read_weights(file: Path, expected: Mapping[str, Tensor], ignored: Iterable[str]) -> dict[str, Tensor]:
@@ -165,7 +199,7 @@ def _read_weights(file: Path, expected: Mapping[str, Tensor], ignored: Iterable[
                 raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}: {summarise(problems)}")
             weights = {key: handle.get_tensor(key) for key in expected}
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {printable(str(error), 300)}") from error
     weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     if bad := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
         raise CheckpointError(f"{file} holds infinite or NaN weights: {summarise(bad)}")
@@ -192,21 +226,6 @@ def _stored_weights(model: MDEQ, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> Any:
-    if file.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{file.name} is larger than {_MAX_JSON_BYTES // 2**20} MiB")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
-
-
 def _flush(file: Path) -> None:
     """Have the file on disk before its name points to it."""
     with file.open("rb") as handle:
@@ -214,5 +233,5 @@ def _flush(file: Path) -> None:
 
 
 def _hint(folder: Path) -> str:
-    pickles = sorted(entry.name for pattern in ("*.bin", "*.pth", "*.pt", "*.pkl") for entry in folder.glob(pattern))
+    pickles = pickles_among(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return f"; {pickles[0]} is a pickle, which is never loaded: convert it with convert_official" if pickles else ""

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from phantomgrad import FixedPointIteration, UnrolledPhantom
 from phantomgrad_hub.errors import ConfigError
 from phantomgrad_hub.options import GRADIENTS, SOLVERS, Gradient, Solver, check_options, decode_options, encode_options
+from phantomgrad_hub.text import summarise
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What `to_dict` writes. The first version left out what had its default."""
+READ_VERSIONS = (1, 2)
 
 # A config comes with a downloaded checkpoint, so it may not ask for more than a machine has.
 MAX_PARAMETERS = 1_000_000_000
@@ -141,6 +144,16 @@ class MDEQConfig:
     def post_fuse_groups(self) -> int:
         return max(1, self.groups // 2)
 
+    @property
+    def largest_file(self) -> int:
+        """Bytes that no file with the weights of such a model exceeds: float32, with norms, statistics and header."""
+        return 5 * self._estimate_parameters() + 2**24
+
+    @property
+    def smallest_file(self) -> int:
+        """Bytes that every file with the weights of such a model has: half of what they take in 16 bits."""
+        return self._estimate_parameters()
+
     def to_dict(self) -> dict[str, Any]:
         """This config as plain JSON values; `from_dict` reads it back."""
         values: dict[str, Any] = {"format_version": FORMAT_VERSION}
@@ -152,24 +165,32 @@ class MDEQConfig:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MDEQConfig:
-        """The config that `to_dict` wrote; unknown, missing or ill-typed keys raise `ConfigError`."""
+    def from_dict(cls, values: Mapping[str, Any], *, complete: bool | None = None) -> MDEQConfig:
+        """The config that `to_dict` wrote, now or in an earlier release; unknown, missing or ill-typed keys raise
+        `ConfigError`.
+
+        `complete` says whether every option must be there, or may be left to its default; None asks for what the version
+        that is named writes.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a model config is a JSON object, not {type(values).__name__}")
         options = dict(values)
         version = options.pop("format_version", None)
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in READ_VERSIONS:
+            newer = type(version) is int and version > FORMAT_VERSION
             raise ConfigError(
-                f"format_version of the model config is {version!r:.60}, this release reads {FORMAT_VERSION}; "
-                "update phantomgrad, or convert the checkpoint again"
+                f"format_version of the model config is {version!r:.60}, this release reads up to {FORMAT_VERSION}; "
+                + ("update phantomgrad: pip install -U phantomgrad" if newer else "it is no config of phantomgrad")
             )
         if unknown := sorted(set(map(str, options)) - {option.name for option in fields(cls)}):
-            raise ConfigError(f"unknown keys in the model config: {', '.join(unknown)}")
-        if missing := sorted({"channels", "num_classes", "image_size"} - set(options)):
+            raise ConfigError(f"unknown keys in the model config: {summarise(unknown)}")
+        complete = version > 1 if complete is None else complete
+        needed = {option.name for option in fields(cls)} if complete else {"channels", "num_classes", "image_size"}
+        if missing := sorted(needed - set(options)):
             raise ConfigError(f"missing keys in the model config: {', '.join(missing)}")
         for name, registry in (("gradient", GRADIENTS), ("solver", SOLVERS), ("eval_solver", SOLVERS)):
             if options.get(name) is not None:
-                options[name] = decode_options(options[name], registry, name)
+                options[name] = decode_options(options[name], registry, name, complete=complete)
         return cls(**options)
 
     def _spread(self, value: int | tuple[int, ...]) -> tuple[int, ...]:

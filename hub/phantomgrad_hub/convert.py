@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantomgrad_hub.checkpoint import compare_keys, summarise
+from phantomgrad_hub.checkpoint import compare_keys
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from phantomgrad_hub.labels import LabelLike, cifar10_labels, imagenet_labels
@@ -24,6 +24,7 @@ from phantomgrad_hub.models.builders import (
     official_preprocessing,
 )
 from phantomgrad_hub.models.mdeq import MDEQ
+from phantomgrad_hub.text import summarise
 
 _WRAPPERS = ("module.", "model.")
 """Prefixes that DataParallel and training scripts put before every key."""
@@ -211,7 +212,7 @@ def _infer_config(weights: Mapping[str, Tensor], name: str, given: Mapping[str, 
     }
     official = _official_config(widths, count(r"stem\.layers\.(\d)\."), name, given)
     try:
-        return MDEQConfig.from_dict({**official, **widths, **given})
+        return MDEQConfig.from_dict({**official, **widths, **given}, complete=False)
     except ConfigError as error:
         raise CheckpointError(f"{name} is no MDEQ classifier that can be built: {error}") from error
 

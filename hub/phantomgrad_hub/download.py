@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from phantomgrad_hub.errors import CheckpointNotFoundError, HubError
-from phantomgrad_hub.extras import require
+from phantomgrad_hub.errors import CheckpointNotFoundError
+from phantomgrad_hub.facts import REPOSITORY, Source
+from phantomgrad_hub.files import EMBEDDED, EMBEDDED_FOLDER
+from phantomgrad_hub.remote.pull import Access, pull
 
-EMBEDDED = "embedded"
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A checkpoint on this machine."""
+
+    folder: Path
+    source: Source | None = None
+    """The repository and commit it was fetched from."""
 
 
-def locate(path_or_repo: str | os.PathLike[str], revision: str | None, files: tuple[str, ...]) -> Path:
-    """The local folder of a checkpoint, fetching `files` of one commit if it is a repository.
+def locate(path_or_repo: str | os.PathLike[str], revision: str | None = None, access: Access | None = None) -> Located:
+    """The local folder of a checkpoint, fetched if it is a repository.
 
-    `path_or_repo` is a folder, `embedded`, or a repository such as `name/model`; an existing folder comes first.
-    `revision` is a branch, tag or commit of a repository.
+    `path_or_repo` is a folder, `embedded`, or a repository such as `user/name` or `user/name@revision`; an existing folder
+    comes first. `revision` is a branch, tag or commit of a repository.
     """
     if not isinstance(path_or_repo, str | os.PathLike):
         raise TypeError(f"a checkpoint is named by a str or a path, not {type(path_or_repo).__name__}")
     name = os.fspath(path_or_repo)
-    folder = Path(__file__).parent / EMBEDDED if name == EMBEDDED else Path(os.path.expanduser(name))
-    if name == EMBEDDED or folder.exists():
+    if name == EMBEDDED or Path(os.path.expanduser(name)).exists():
         if revision is not None:
             raise ValueError(f"revision is for repositories of the Hub, and {name} is a folder here")
-        if not folder.is_dir():
-            raise CheckpointNotFoundError(f"{name} is not a folder with a checkpoint")
-        return folder
-    if not isinstance(path_or_repo, str) or not _REPOSITORY.fullmatch(name):
+        return Located(folder=locate_folder(path_or_repo))
+    repository, at, named = name.partition("@")
+    if not isinstance(path_or_repo, str) or not REPOSITORY.fullmatch(repository) or bool(at) != bool(named):
         raise CheckpointNotFoundError(f"there is no checkpoint folder {name}")
-    return _fetch(name, revision, files)
+    if named and revision not in (None, named):
+        raise ValueError(f"{name} and revision={revision!r} name two revisions")
+    snapshot = pull(repository, named or revision, access)
+    return Located(folder=snapshot.folder, source=snapshot.source)
 
 
-def _fetch(repository: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    hub, errors = require("huggingface_hub"), require("huggingface_hub.errors")
-    httpx = require("httpx")
-    wanted = f"{repository} at {revision}" if revision else repository
-    try:
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{repository} is neither a folder here nor a repository on the Hugging Face Hub that you may read"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointNotFoundError(f"{repository} has no revision {revision} on the Hugging Face Hub") from error
-    except (errors.HFValidationError, OSError, httpx.HTTPError) as error:
-        lines = str(error).splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise HubError(
-            f"{wanted} is no folder here and cannot be fetched from the Hugging Face Hub: {reason}"
-        ) from error
+def locate_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder `path`, or that of the embedded checkpoint; raises `CheckpointNotFoundError` where there is none."""
+    name = os.fspath(path)
+    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(os.path.expanduser(name))
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{name} is not a folder with a checkpoint")
+    return folder

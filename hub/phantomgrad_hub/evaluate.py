@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from phantomgrad import NotConvergedWarning, Solution, attachments
 
 from .data.errors import DataError
+from .evaluation import Evaluation
 from .labels import ClassLabel
 
 if TYPE_CHECKING:
@@ -27,39 +27,6 @@ MOST_UNREADABLE = 0.01
 """The fraction of unreadable images above which there is no evaluation."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Accuracies as fractions, residuals relative, steps in evaluations of the block, over `count` images."""
-
-    count: int
-    top1: float
-    top5: float
-    steps_mean: float
-    residual_median: float
-    residual_p90: float
-    unconverged: int
-    """Images on which the solver ran out of steps before its tolerance."""
-    unreadable: int = 0
-    """Further images, which could not be read."""
-    accuracy_by_steps: dict[int, float] = field(default_factory=dict[int, float])
-    """Top-1 accuracy where the solver is stopped after so many steps."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Evaluation:
-        """The evaluation that `to_dict` wrote."""
-        by_steps = {int(steps): accuracy for steps, accuracy in values["accuracy_by_steps"].items()}
-        # JSON has null for a residual that is not finite.
-        plain: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-        plain["accuracy_by_steps"] = by_steps
-        return cls(**plain)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values = asdict(self)
-        values["accuracy_by_steps"] = {str(steps): accuracy for steps, accuracy in self.accuracy_by_steps.items()}
-        return values
 
 
 def evaluate(

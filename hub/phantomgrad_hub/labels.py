@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phantomgrad_hub.errors import LabelError
+from phantomgrad_hub.text import summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def _parse(value: LabelLike) -> ClassLabel:
         return value
     if isinstance(value, Mapping):
         if unknown := sorted(set(map(str, value)) - {"id", "name"}):
-            raise LabelError(f"a class has an id and a name, not {', '.join(unknown)}")
+            raise LabelError(f"a class has an id and a name, not {summarise(unknown)}")
         if "name" not in value:
             raise LabelError(f"a class must have a name, got {dict(value)!r:.60}")
         return ClassLabel(**value)
@@ -101,4 +102,4 @@ def _parse(value: LabelLike) -> ClassLabel:
 
 def _check_unique(what: str, values: Sequence[str]) -> None:
     if repeated := sorted(value for value, count in Counter(values).items() if count > 1):
-        raise LabelError(f"class {what} must be unique, repeated: {', '.join(repeated[:5])}")
+        raise LabelError(f"class {what} must be unique, repeated: {summarise(repeated)}")

@@ -16,6 +16,7 @@ from phantomgrad import (
     UnrolledPhantom,
 )
 from phantomgrad_hub.errors import ConfigError
+from phantomgrad_hub.text import summarise
 
 Gradient = UnrolledPhantom | NeumannPhantom | KrylovPhantom | OneStep | Implicit
 Solver = FixedPointIteration | Anderson | Broyden
@@ -38,8 +39,11 @@ def encode_options(value: Gradient | Solver) -> dict[str, Any]:
     return encoded
 
 
-def decode_options(values: Any, registry: dict[str, Any], name: str) -> Any:
-    """The object that `encode_options` wrote; `name` is the config key that errors cite."""
+def decode_options(values: Any, registry: dict[str, Any], name: str, *, complete: bool = True) -> Any:
+    """The object that `encode_options` wrote; `name` is the config key that errors cite.
+
+    Every option must be there if `complete`; else those that are not take their defaults.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be an object with a 'type', got {values!r:.60}")
     options = dict(values)
@@ -48,10 +52,12 @@ def decode_options(values: Any, registry: dict[str, Any], name: str) -> Any:
         raise ConfigError(f"{name}: unknown type {kind!r:.60}; known are {', '.join(registry)}")
     known = {option.name for option in fields(registry[kind])}
     if unknown := sorted(set(options) - known):
-        raise ConfigError(f"{name}: {kind} has no option {', '.join(map(repr, unknown))}")
+        raise ConfigError(f"{name}: {kind} has no option {summarise(map(repr, unknown))}")
     for key, entry in options.items():
         if isinstance(entry, dict):
-            options[key] = decode_options(entry, SOLVERS, f"{name}.{key}")
+            options[key] = decode_options(entry, SOLVERS, f"{name}.{key}", complete=complete)
+    if complete and (missing := sorted(known - set(options))):
+        raise ConfigError(f"{name}: {kind} lacks {', '.join(missing)}")
     try:
         return registry[kind](**options)
     except (TypeError, ValueError) as error:

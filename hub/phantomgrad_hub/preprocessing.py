@@ -13,6 +13,7 @@ from torch import Tensor
 from phantomgrad_hub.errors import ConfigError
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.photos import ImageSource, read_photo
+from phantomgrad_hub.text import summarise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,7 +118,7 @@ class Preprocessing:
                 f"format_version of the preprocessing is {version!r:.60}, this release reads {FORMAT_VERSION}"
             )
         if unknown := sorted(set(map(str, options)) - {option.name for option in fields(cls)}):
-            raise ConfigError(f"unknown preprocessing options: {', '.join(unknown)}")
+            raise ConfigError(f"unknown preprocessing options: {summarise(unknown)}")
         if "size" not in options:
             raise ConfigError("missing preprocessing option: size")
         return cls(**options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import pytest
 import torch
 from small import official_config, pooled_config
 
-from phantomgrad import attachments
-from phantomgrad_hub import MDEQ, CheckpointError, CheckpointNotFoundError, HubError, Preprocessing
+from phantomgrad import NotConvergedWarning, attachments
+from phantomgrad_hub import MDEQ, CheckpointError, CheckpointNotFoundError, Preprocessing
 from phantomgrad_hub.checkpoint import FILES, WEIGHTS_FILE
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -279,43 +280,22 @@ def test_revision_is_for_repositories(folder: Path) -> None:
         MDEQ.from_pretrained(folder, revision="main")
 
 
-class TestHub:
-    """Fetching, with the client's `snapshot_download` replaced: no request leaves the test."""
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_every_format_there_was_still_loads(version: str) -> None:
+    folder = Path(__file__).parent / "formats" / version
+    model = MDEQ.from_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["format_version"] == int(version)
+    images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        logits = model(images)
+    expected = torch.tensor(json.loads((folder.parent / "logits.json").read_text()))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert model.labels == ["ant", "bee", "cat"]
 
-    hub = pytest.importorskip("huggingface_hub")
 
-    def test_a_repository_is_fetched_at_its_revision(
-        self, model: MDEQ, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        calls: list[tuple[Any, Any]] = []
-
-        def download(*args: Any, **options: Any) -> str:
-            calls.append((args, options))
-            return str(folder)
-
-        monkeypatch.setattr(self.hub, "snapshot_download", download)
-        assert_same_weights(MDEQ.from_pretrained("someone/mdeq", revision="v1"), model)
-        assert calls == [(("someone/mdeq",), {"revision": "v1", "allow_patterns": list(FILES)})]
-
-    def test_a_partial_snapshot_is_noticed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (folder / WEIGHTS_FILE).unlink()
-        monkeypatch.setattr(self.hub, "snapshot_download", lambda *args, **options: str(folder))
-        with pytest.raises(CheckpointNotFoundError, match=f"has no {WEIGHTS_FILE}"):
-            MDEQ.from_pretrained("someone/mdeq")
-
-    @pytest.mark.parametrize("kind", ["LocalEntryNotFoundError", "OfflineModeIsEnabled", "httpx", "OSError"])
-    def test_network_errors_are_one_line(self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import httpx
-        from huggingface_hub import errors
-
-        known = {"httpx": httpx.ConnectError, "OSError": OSError}
-        error = known.get(kind) or getattr(errors, kind)
-
-        def download(*args: Any, **options: Any) -> str:
-            raise error("the first line\nand many more")
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(self.hub, "snapshot_download", download)
-        with pytest.raises(HubError) as caught:
-            MDEQ.from_pretrained("someone/mdeq")
-        assert str(caught.value).endswith("cannot be fetched from the Hugging Face Hub: the first line")
+def test_the_format_that_is_written_is_among_those_that_are_kept(folder: Path) -> None:
+    written = json.loads((folder / "config.json").read_text())["format_version"]
+    assert (Path(__file__).parent / "formats" / str(written)).is_dir(), (
+        "a new format needs a checkpoint in tests/hub/formats"
+    )

@@ -13,6 +13,7 @@ from phantomgrad import Anderson, FixedPointIteration, Implicit, NeumannPhantom,
 from phantomgrad_hub import MDEQ, ConfigError, MDEQConfig
 from phantomgrad_hub.config import MAX_PARAMETERS
 from phantomgrad_hub.models.builders import CIFAR_LARGE, CIFAR_TINY, IMAGENET_SMALL, IMAGENET_XL
+from phantomgrad_hub.options import encode_options
 
 CONFIGS = [
     pooled_config(),
@@ -121,7 +122,10 @@ def test_the_estimate_of_parameters_is_close(config: MDEQConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version of the model config is 2, this release reads 1"),
+        (
+            {"format_version": 3},
+            "format_version of the model config is 3, this release reads up to 2; update phantomgrad",
+        ),
         ({"format_version": None}, "format_version of the model config is None"),
         ({"format_version": True}, "format_version of the model config is True"),
         ({"width": 3, "colour": 1}, "unknown keys in the model config: colour, width"),
@@ -129,7 +133,8 @@ def test_the_estimate_of_parameters_is_close(config: MDEQConfig) -> None:
         ({"gradient": {"type": "os.system"}}, "gradient: unknown type 'os.system'; known are UnrolledPhantom"),
         ({"gradient": {"type": ["x"]}}, "gradient: unknown type ['x']"),
         ({"gradient": {"type": "OneStep", "steps": 2}}, "gradient: OneStep has no option 'steps'"),
-        ({"solver": {"type": "Anderson", "max_steps": -1}}, "solver: max_steps of Anderson must be"),
+        ({"solver": {**encode_options(Anderson()), "max_steps": -1}}, "solver: max_steps of Anderson must be"),
+        ({"solver": {"type": "Broyden", "max_steps": 4}}, "solver: Broyden lacks atol, check_every"),
         ({"solver": {"type": "UnrolledPhantom"}}, "solver: unknown type 'UnrolledPhantom'"),
         ({"gradient": {"type": "Implicit", "solver": {"type": "?"}}}, "gradient.solver: unknown type '?'"),
         ({"solver": None}, "solver must be one of"),
@@ -144,6 +149,10 @@ def test_foreign_json_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_missing_keys_are_listed() -> None:
     with pytest.raises(ConfigError, match="missing keys in the model config: channels, num_classes"):
         MDEQConfig.from_dict({"format_version": 1, "image_size": 32})
+    values = pooled_config().to_dict()
+    del values["groups"], values["solver"]
+    with pytest.raises(ConfigError, match="missing keys in the model config: groups, solver"):
+        MDEQConfig.from_dict(values)
     with pytest.raises(ConfigError, match="JSON object, not list"):
         MDEQConfig.from_dict([])  # pyright: ignore[reportArgumentType]
 

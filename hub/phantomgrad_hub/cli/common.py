@@ -11,6 +11,7 @@ import torch
 
 from phantomgrad import PhantomGradError
 from phantomgrad_hub.json_text import json_text
+from phantomgrad_hub.text import printable
 
 PROGRAM = "phantomgrad"
 DATA_HELP = (
@@ -105,7 +106,7 @@ def step_counts(text: str) -> tuple[int, ...]:
 
 def fail(message: str) -> None:
     """One line on stderr."""
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(message.split()), longest=4000), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

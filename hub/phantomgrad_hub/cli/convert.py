@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phantomgrad_hub.files import LIBRARY_VERSION
+
 from .common import PROGRAM, UsageError, add_command, fail, print_json
 
 
@@ -73,4 +75,5 @@ def _fields(file: str | None) -> Mapping[str, Any] | None:
         raise UsageError(f"--config {file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"--config {file} must hold a JSON object of fields of the model config")
-    return fields
+    # Which release wrote a checkpoint's config is no field of the model.
+    return {key: value for key, value in fields.items() if key != LIBRARY_VERSION}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import phantomgrad
-from phantomgrad import PhantomGradError
+from phantomgrad import NotConvergedWarning, PhantomGradError
 
-from . import convert, demo, doctor, evaluate, predict, train
+from . import convert, demo, doctor, evaluate, predict, pull, push, train
 from .common import INTERRUPTED, PROGRAM, Parser, UsageError, fail
 
-COMMANDS = (predict, train, evaluate, convert, demo, doctor)
+COMMANDS = (predict, train, evaluate, convert, push, pull, demo, doctor)
 
 
 def build_parser() -> Parser:
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         command = f"{PROGRAM} {options.command}"
-        status: int = options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(command)
+            status: int = options.run(options)
         sys.stdout.flush()
         return status
     except SystemExit as stop:  # argparse, after --help or an error
@@ -71,6 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "(set PHANTOMGRAD_TRACEBACK=1 to see where, and please report it)"
         )
         return 1
+
+
+def _shown(command: str) -> Callable[..., None]:
+    """How warnings are shown: the library's own in one line, those of others as ever."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning or issubclass(category, NotConvergedWarning):
+            fail(f"{command}: {message}")
+        else:
+            usual(message, category, *place, **more)
+
+    return show
 
 
 if __name__ == "__main__":

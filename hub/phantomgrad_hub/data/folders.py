@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.photos import SUFFIXES
+from phantomgrad_hub.text import summarise
 
 from .errors import DataError
 

@@ -96,9 +96,10 @@ def open_library(name: str, root: Path) -> Source:
             f"{root} does not hold {name} as torchvision lays it out: {reason}. {_SOURCES[name]}"
         ) from error
     description = f"{name} in {root}: {len(train)} training images, {len(validation)} for validation"
-    return Source(train=train, validation=validation, labels=labels, description=description)
+    return Source(train=train, validation=validation, labels=labels, description=description, name=_NAMES[name])
 
 
+_NAMES = {"cifar10": "CIFAR-10", "imagenette": "Imagenette", "imagenet": "ImageNet-1k"}
 _SOURCES = {
     "cifar10": "torchvision.datasets.CIFAR10(FOLDER, download=True) fetches it.",
     "imagenette": "torchvision.datasets.Imagenette(FOLDER, download=True) fetches it.",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.errors import ImageError, LabelError
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.labels import ClassLabel, imagenet_labels, parse_labels
 from phantomgrad_hub.photos import read_photo
+from phantomgrad_hub.text import summarise
 
 from .errors import DataError
 from .folders import LAYOUT, TABLE_FILE, has_subfolders, said_of, scan_classes, split_folders
@@ -52,6 +52,8 @@ class Source:
     labels: tuple[ClassLabel, ...]
     description: str
     """One line: where it is, how many images of how many classes, what was held out and what was left out."""
+    name: str = ""
+    """What the data is called: `CIFAR-10`, a dataset repository, or the last part of the folder's path."""
     held_out: bool = False
     """Whether the validation images are a part of those given for training, set apart."""
 
@@ -206,6 +208,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
             labels=labels,
             description=f"{root}: {len(kept)} training images of {classes}, a held-out tenth ({len(held_out)}) for "
             f"validation{notes}",
+            name=root.resolve().name,
             held_out=True,
         )
     _check_targets(validation, len(validation.class_names or labels), root)
@@ -218,6 +221,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         validation=renumbered,
         labels=labels,
         description=f"{root}: {len(train)} training images of {classes}, {len(validation)} for validation{notes}",
+        name=root.resolve().name,
     )
 
 

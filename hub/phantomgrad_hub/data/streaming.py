@@ -171,6 +171,7 @@ def open_stream(where: str) -> Source:
         validation=validation,
         labels=parse_labels(_unique(train.class_names)),
         description=f"{where}: {len(train)} training images, {len(validation)} for validation, streamed",
+        name=folder.resolve().name if folder.is_dir() else where,
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.extras import require
+from phantomgrad_hub.text import summarise
 
 from .errors import DataError
 from .seeds import derive_seed

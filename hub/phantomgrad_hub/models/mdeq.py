@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
-from typing import Any, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 import phantomgrad
-from phantomgrad_hub.checkpoint import FILES, load_checkpoint, save_checkpoint
+from phantomgrad_hub.checkpoint import load_checkpoint, save_checkpoint
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.download import locate
 from phantomgrad_hub.errors import LabelError
+from phantomgrad_hub.facts import Facts, Source
 from phantomgrad_hub.labels import LabelLike, default_labels, parse_labels
 from phantomgrad_hub.models.block import MultiscaleBlock, State
 from phantomgrad_hub.models.head import build_head
 from phantomgrad_hub.models.stem import Stem
 from phantomgrad_hub.photos import ImageSource
 from phantomgrad_hub.preprocessing import Preprocessing
+from phantomgrad_hub.remote.pull import Access
+
+if TYPE_CHECKING:
+    from phantomgrad_hub.remote.push import Pushed
 
 _CLASSIFY_BATCH = 32
 
@@ -46,6 +53,10 @@ class MDEQ(nn.Module):
         if len(self.classes) != config.num_classes:
             raise LabelError(f"labels names {len(self.classes)} classes, num_classes is {config.num_classes}")
         self.preprocessing = Preprocessing(size=config.image_size) if preprocessing is None else preprocessing
+        self.facts = Facts()
+        """What its card tells: results, training, terms."""
+        self.source: Source | None = None
+        """The repository and the resolved commit that it was fetched from; None for a model made or saved here."""
         self.stem = Stem(config)
         self.block = MultiscaleBlock(config)
         self.head = build_head(config)
@@ -123,20 +134,59 @@ class MDEQ(nn.Module):
         """Write a checkpoint folder; float16 or bfloat16 weights take half the space and are read as float32."""
         save_checkpoint(self, folder, dtype=dtype)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        overwrite_card: bool = False,
+        dtype: torch.dtype = torch.float32,
+        token: str | bool | None = None,
+    ) -> Pushed:
+        """Publish the model as `repo_id` in one commit, with a card made of `model.facts`.
+
+        As `phantomgrad_hub.remote.push.push`, which says what is kept and what is refused.
+        """
+        from phantomgrad_hub.remote.push import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "checkpoint"
+            self.save_pretrained(folder, dtype=dtype)
+            return push(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                message=commit_message,
+                overwrite_card=overwrite_card,
+                token=token,
+            )
+
     @classmethod
     def from_pretrained(
         cls,
         path_or_repo: str | os.PathLike[str],
         revision: str | None = None,
         labels: Sequence[LabelLike] | None = None,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> MDEQ:
         """The model of a checkpoint, in eval mode.
 
         `path_or_repo`: a folder, `embedded` (the checkpoint inside this package) or a repository of the Hugging Face
-        Hub, at `revision` if given. `labels` other than the checkpoint's make a new, random classifier for them.
-        Raises `CheckpointError` that lists what is missing, unknown or of another shape.
+        Hub, at `revision` (a branch, tag or commit) if given; `user/name@revision` says both. The resolved commit is
+        kept as `model.source`. `labels` other than the checkpoint's make a new, random classifier for them.
+        `token`, `cache_dir` and `local_files_only` are those of `huggingface_hub`.
+        Raises `CheckpointError` that lists what is missing, unknown or of another shape, and `HubError` where the Hub
+        cannot be reached or refuses.
         """
-        return load_checkpoint(locate(path_or_repo, revision, FILES), labels)
+        access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        found = locate(path_or_repo, revision, access)
+        return load_checkpoint(found.folder, labels, found.source)
 
     def _initialise(self) -> None:
         """Draw convolutions without weight norm from `N(0, conv_init_std**2)`, as the official code does."""

@@ -21,6 +21,8 @@ from phantomgrad.diagnostics import jacobian_penalty
 from phantomgrad_hub.data.seeds import derive_seed
 from phantomgrad_hub.data.sources import Source
 from phantomgrad_hub.extras import require
+from phantomgrad_hub.facts import Facts
+from phantomgrad_hub.files import EMBEDDED
 from phantomgrad_hub.models.mdeq import MDEQ
 
 from .config import OptimizerConfig, TrainConfig
@@ -30,7 +32,11 @@ def build_model(config: TrainConfig, source: Source, init: str | Path | None) ->
     """A model for the classes of `source`: new, or the checkpoint `init` with a new head."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
     if init is not None:
-        return MDEQ.from_pretrained(init, labels=list(source.labels))
+        model = MDEQ.from_pretrained(init, labels=list(source.labels))
+        base = EMBEDDED if init == EMBEDDED else model.facts.base if model.source is None else str(model.source)
+        # What was measured before does not hold for what will be trained.
+        model.facts, model.source = Facts(base=base), None
+        return model
     model_config = replace(config.model, num_classes=len(source.labels))
     return MDEQ(model_config, labels=source.labels)
 

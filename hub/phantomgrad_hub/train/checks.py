@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.data.errors import DataError
 from phantomgrad_hub.data.sources import Source
+from phantomgrad_hub.text import summarise
 
 from .config import TrainConfig
 from .errors import TrainingError

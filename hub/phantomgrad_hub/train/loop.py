@@ -29,13 +29,14 @@ from .build import (
     build_model,
     build_optimizer,
 )
+from .card_facts import training_facts
 from .checks import check_source
 from .config import TrainConfig
 from .errors import TrainingError
 from .loader import training_batches
 from .meter import Meter
 from .processes import agreed, highest, shard
-from .run import RunFolder
+from .run import RunFolder, machine
 from .settings import to_json
 from .state import TrainingState
 from .tracker import Tracker, check_trackers
@@ -170,7 +171,18 @@ def train(
             state.save(meter.lap())
 
         with meter.paused("evaluating the best checkpoint"):
-            return TrainResult(step=position.step, evaluation=validation.measure_best(run))
+            evaluation = validation.measure_best(run)
+        facts = training_facts(
+            config,
+            source,
+            evaluation,
+            recipe=recipe,
+            base=model.facts.base,
+            hours=position.seconds / 3600,
+            machine=machine(accelerator.device, accelerator.num_processes),
+        )
+        run.save_facts(facts)
+        return TrainResult(step=position.step, evaluation=evaluation)
     return TrainResult(step=position.step, stopped_by=highest(accelerator, stop.signal or 0))
 
 

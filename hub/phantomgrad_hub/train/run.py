@@ -16,11 +16,13 @@ from typing import Any, Self
 
 import torch
 
-from phantomgrad_hub.checkpoint import summarise
 from phantomgrad_hub.errors import CheckpointError
 from phantomgrad_hub.extras import require
+from phantomgrad_hub.facts import Facts
+from phantomgrad_hub.files import FACTS_FILE
 from phantomgrad_hub.json_text import json_text
 from phantomgrad_hub.models.mdeq import MDEQ
+from phantomgrad_hub.text import summarise
 
 from .errors import TrainingError
 from .files import repair_folder, write_file, write_folder, write_json
@@ -205,6 +207,12 @@ class RunFolder:
             with self._writing():
                 write_json(self._result, result)
 
+    def save_facts(self, facts: Facts) -> None:
+        """Tell the card of the best checkpoint about the finished run; raises `TrainingError`."""
+        if self._writes:
+            with self._writing():
+                write_json(self.best / FACTS_FILE, facts.to_dict())
+
     def load_result(self) -> dict[str, Any] | None:
         """What `save_result` stored; None before the run is finished."""
         return json.loads(self._result.read_text(encoding="utf-8")) if self._result.is_file() else None
@@ -266,6 +274,12 @@ def _environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": versions,
     }
+
+
+def machine(device: torch.device, processes: int) -> str:
+    """What a run runs on, in words."""
+    threads = f", {processes * torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{'' if processes == 1 else f'{processes} processes on '}{_device_name(device)}{threads}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,67 @@
+"""What a finished run tells on the card of its best checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phantomgrad_hub.data.sources import Source
+from phantomgrad_hub.evaluation import Evaluation
+from phantomgrad_hub.facts import REPOSITORY, Facts
+
+from .config import TrainConfig
+from .recipes import RECIPES
+from .settings import differing_keys, to_json
+
+
+def training_facts(
+    config: TrainConfig,
+    source: Source,
+    evaluation: Evaluation,
+    *,
+    recipe: str,
+    base: str | None,
+    hours: float,
+    machine: str,
+) -> Facts:
+    """The facts of a run of `config`, which took so many hours on `machine`. No folder of the machine is named."""
+    on_hub = REPOSITORY.fullmatch(source.name) is not None
+    split = "a held-out tenth" if source.held_out else "validation"
+    return Facts(
+        data=source.name or None,
+        data_id=source.name if on_hub else None,
+        split=split,
+        command=_command(config, recipe, base, source.name if on_hub else "FOLDER"),
+        machine=machine,
+        hours=round(hours, 3),
+        details=f"{config.epochs} epochs of {len(source.train)} photos.",
+        base=base,
+        evaluation=evaluation,
+    )
+
+
+def _command(config: TrainConfig, recipe: str, base: str | None, data: str) -> str | None:
+    """The command that does the same; None for a configuration that was made in Python."""
+    if recipe not in RECIPES:
+        return None
+    init = "" if base is None else f" --init {base}"
+    known, tree = to_json(RECIPES[recipe]()), to_json(config)
+    changes = [
+        f" --set {key}={_spelled(_at(tree, key))}" for key in differing_keys(known, tree) if _at(tree, key) is not None
+    ]
+    return f"phantomgrad train {recipe} --data {data}{init} --out RUN{''.join(changes)}"[:2000]
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _spelled(value: Any) -> str:
+    """A value as `--set` reads it, in quotes where a shell needs them."""
+    if isinstance(value, dict):
+        options = ", ".join(f"{name}={_spelled(entry)}" for name, entry in value.items() if name != "type")
+        text = f"{value['type']}({options})"
+    else:
+        text = value if isinstance(value, str) else repr(tuple(value) if isinstance(value, list) else value)
+    return f"'{text}'" if any(character in text for character in " ()[]'\"") else text
