@@ -125,8 +125,8 @@ def test_readme_lists_the_example_and_its_command_exists(
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(rf"`python examples/{path.name}( [^`]*)?`", readme)
     assert f"[{path.name}]({path.name})" in readme
-    if path.stem == "from_torchdeq":
-        return  # run by the tests of phantomgrad.torchdeq
+    if path.stem in ("from_torchdeq", "service"):
+        return  # run by the tests of phantomgrad.torchdeq, and by those of the service
     case = next(case for case in CASES if case.name == path.stem)
     pytest.importorskip(case.needs)
     monkeypatch.setattr(sys, "argv", [path.name, *command.split(), "--steps", "0"])

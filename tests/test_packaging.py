@@ -98,6 +98,8 @@ def test_plain_install_brings_torch_only_and_names_the_missing_extras(
     for arguments, extra in (
         (("predict", photo), "hub"),
         (("train", "tiny_imagenet", "--data", ".", "--out", "run"), "train"),
+        (("export", "embedded", "--out", "model.onnx"), "export"),
+        (("export", "embedded", "--out", "model.pt2"), "hub"),
         (("demo",), "demo"),
     ):
         result = installed.phantomgrad(*arguments)

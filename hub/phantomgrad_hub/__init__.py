@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from phantomgrad_hub.errors import CheckpointError as CheckpointError
     from phantomgrad_hub.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from phantomgrad_hub.errors import ConfigError as ConfigError
+    from phantomgrad_hub.errors import ExportError as ExportError
     from phantomgrad_hub.errors import HubError as HubError
     from phantomgrad_hub.errors import ImageError as ImageError
     from phantomgrad_hub.errors import LabelError as LabelError
@@ -36,6 +37,7 @@ _MODULES = {
     "CheckpointNotFoundError": "errors",
     "ClassLabel": "labels",
     "ConfigError": "errors",
+    "ExportError": "errors",
     "HubError": "errors",
     "ImageError": "errors",
     "LabelError": "errors",
@@ -55,6 +57,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClassLabel",
     "ConfigError",
+    "ExportError",
     "HubError",
     "ImageError",
     "LabelError",

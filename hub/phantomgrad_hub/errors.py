@@ -6,6 +6,7 @@ PhantomGradError
 ├── ImageError(ValueError)                     a photo that cannot be read
 ├── CheckpointError(ValueError)                a checkpoint that is incomplete, damaged, of another model or not writable
 │   └── CheckpointNotFoundError(FileNotFoundError)
+├── ExportError(ValueError)                    a model that cannot be exported, or not under this name
 ├── HubError(OSError)                          the Hugging Face Hub could not be reached or refused
 └── MissingExtraError(ImportError)             an optional package is not installed
 """
@@ -33,6 +34,10 @@ class CheckpointError(PhantomGradError, ValueError):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint at this path or repository."""
+
+
+class ExportError(PhantomGradError, ValueError):
+    """A model cannot be exported, or not under this name."""
 
 
 class HubError(PhantomGradError, OSError):

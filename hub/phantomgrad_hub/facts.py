@@ -19,8 +19,9 @@ REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_TEXT = 2000
 _TEXTS = (
-    "title", "data", "data_id", "split", "terms", "license", "license_link", "command", "machine", "details", "limits", "base",
-)  # fmt: skip
+    *("title", "data", "data_id", "split", "terms", "license", "license_name", "license_link"),
+    *("command", "machine", "details", "limits", "base"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class Facts:
     """The terms of the data."""
     license: str | None = None
     """The licence of the weights, by its identifier on the Hub: `mit`, `cc-by-nc-4.0`, `other`."""
+    license_name: str | None = None
+    """What `other` is called."""
     license_link: str | None = None
     command: str | None = None
     """What trains it again."""

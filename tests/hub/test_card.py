@@ -14,6 +14,7 @@ from phantomgrad_hub import MDEQ, CheckpointError, ConfigError
 from phantomgrad_hub.checkpoint import read_description
 from phantomgrad_hub.evaluation import Evaluation
 from phantomgrad_hub.facts import Facts, Source
+from phantomgrad_hub.files import EMBEDDED_FOLDER
 from phantomgrad_hub.remote.card import is_rendered, render_card, with_source, without_source
 from phantomgrad_hub.remote.push import plan
 
@@ -182,3 +183,11 @@ def test_a_plan_renders_for_its_repository_and_leaves_a_written_card_alone(tmp_p
     assert (written.rendered, written.card) == (False, "# My own\n")
     assert set(written.sizes) == {"config.json", "labels.json", "preprocessor.json", "model.safetensors", "README.md"}
     assert written.sizes["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_the_embedded_card_is_rendered_from_its_facts() -> None:
+    description = read_description(EMBEDDED_FOLDER)
+    parameters = sum(parameter.numel() for parameter in MDEQ.from_pretrained("embedded").parameters())
+    text = (EMBEDDED_FOLDER / "README.md").read_text(encoding="utf-8")
+    assert text == render_card(description, "embedded", parameters)
+    assert description.facts.evaluation is not None

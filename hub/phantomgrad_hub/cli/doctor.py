@@ -18,6 +18,7 @@ EXTRAS = {
     "hub": ("huggingface_hub", "safetensors", "pillow"),
     "train": ("accelerate", "datasets", "tensorboard", "timm", "torchvision", "tqdm"),
     "demo": ("gradio", "scikit-image", "scikit-learn"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import phantomgrad
 from phantomgrad import NotConvergedWarning, PhantomGradError
 
-from . import convert, demo, doctor, evaluate, predict, pull, push, train
+from . import convert, demo, doctor, evaluate, export, predict, pull, push, train
 from .common import INTERRUPTED, PROGRAM, Parser, UsageError, fail
 
-COMMANDS = (predict, train, evaluate, convert, push, pull, demo, doctor)
+COMMANDS = (predict, train, evaluate, convert, export, push, pull, demo, doctor)
 
 
 def build_parser() -> Parser:

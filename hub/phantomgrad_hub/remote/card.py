@@ -89,7 +89,7 @@ def _metadata(facts: Facts, repository: str) -> Any:
     if facts.license is not None:
         options["license"] = facts.license
         if facts.license == "other":
-            options["license_name"] = "terms-of-the-data"
+            options["license_name"] = facts.license_name or "terms-of-the-data"
         if facts.license_link is not None:
             options["license_link"] = facts.license_link
     if facts.data_id is not None:

@@ -114,7 +114,7 @@ def _refused(error: Exception, answered: int, wanted: str, writing: bool) -> str
     if answered == 403:
         may = "write to" if writing else "read"
         return f"your token may not {may} {wanted} (403): {_server_message(error)}; take one with that right"
-    if answered in (409, 412):
+    if answered in (409, 412) and writing:
         return f"{wanted} was changed by somebody else at the same time ({answered}); look at it, then push again"
     if answered >= 500:
         return f"the Hugging Face Hub is out of order ({answered}) for {wanted}; try again later: https://status.huggingface.co"
