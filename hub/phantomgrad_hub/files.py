@@ -64,6 +64,17 @@ def read_facts(folder: Path) -> Facts:
     return _read_optional(folder / FACTS_FILE, Facts.from_dict) or Facts()
 
 
+def write_facts(folder: Path, facts: Facts) -> None:
+    """Write `facts` to `card.json` in `folder`, in one step; raises `CheckpointError`."""
+    partial = folder / f".{FACTS_FILE}.partial"
+    try:
+        write_json(partial, facts.to_dict())
+        partial.replace(folder / FACTS_FILE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / FACTS_FILE} cannot be written: {error.strerror}") from error
+
+
 def read_source(folder: Path) -> Source | None:
     """The repository and commit that `folder` is a copy of, where it is one; raises `CheckpointError`."""
     return _read_optional(folder / SOURCE_FILE, Source.from_dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import warnings
@@ -17,9 +18,10 @@ from local_hub import LocalHub
 from small import pooled_config
 
 from phantomgrad import NotConvergedWarning
-from phantomgrad_hub import MDEQ
+from phantomgrad_hub import MDEQ, HubError
 from phantomgrad_hub.facts import Facts
 from phantomgrad_hub.remote.card import is_rendered
+from phantomgrad_hub.remote.explain import explain, explaining
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None or os.name != "posix", reason="needs git and fork")
 
@@ -360,3 +362,36 @@ def test_two_clients_pushing_at_once_both_arrive(
             assert server.files(repository, "main")["config.json"] == (folders[last] / "config.json").read_bytes()
     finally:
         other.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/x"),
+            "the disk is full: /cache/blobs/x; free some space, or set HF_HOME",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full: "),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache/x"),
+            "/cache/x cannot be written: Permission denied; set HF_HOME",
+        ),
+        (
+            OSError("a proxy said no\nand more"),
+            "ann/model at v1 cannot be fetched from the Hugging Face Hub: a proxy said no",
+        ),
+    ],
+)
+def test_a_machine_that_fails_is_one_line_too(error: OSError, message: str) -> None:
+    try:
+        raise RuntimeError("the client's own words") from error
+    except RuntimeError as wrapped:
+        told = explain(wrapped, "ann/model", "v1")
+    assert isinstance(told, HubError)
+    assert str(told).startswith(message)
+    assert "\n" not in str(told)
+
+
+def test_an_error_of_ours_is_not_called_the_hubs() -> None:
+    with pytest.raises(ZeroDivisionError), explaining("ann/model"):
+        _ = 1 / 0

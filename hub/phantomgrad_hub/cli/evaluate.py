@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .common import (
     DATA_HELP,
+    UsageError,
     add_command,
     add_device,
     default_device,
@@ -46,6 +49,11 @@ def add_parser(commands: Any) -> None:
         help="solver steps whose accuracy is reported; by default a range",
     )
     parser.add_argument("--batch-size", type=positive_integer, default=None, help="photos at a time")
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="write the figures to card.json of the checkpoint's folder, for its model card",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     add_device(parser)
     parser.set_defaults(run=run)
@@ -56,8 +64,13 @@ def run(options: argparse.Namespace) -> int:
     from phantomgrad_hub.data import DataError, Joined, open_source
     from phantomgrad_hub.evaluate import BATCH_SIZE, default_steps, evaluate
     from phantomgrad_hub.extras import require
+    from phantomgrad_hub.files import EMBEDDED, write_facts
     from phantomgrad_hub.models.mdeq import MDEQ
 
+    if options.card and (options.checkpoint == EMBEDDED or not Path(options.checkpoint).is_dir()):
+        raise UsageError(
+            f"--card writes to the checkpoint's folder, and {options.checkpoint} is none of yours; `pull` makes one"
+        )
     model = MDEQ.from_pretrained(options.checkpoint).to(default_device(options.device))
     source = open_source(options.data, seed=options.seed)
     if options.split == "all":
@@ -77,6 +90,11 @@ def run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size or BATCH_SIZE,
             progress=lambda done, total: bar.update(done - bar.n),
         )
+    if options.card:
+        facts = replace(
+            model.facts, data=model.facts.data or source.name or None, split=options.split, evaluation=found
+        )
+        write_facts(Path(options.checkpoint), facts)
     if options.json:
         print_json(
             {"checkpoint": options.checkpoint, "data": source.description, "split": options.split, **found.to_dict()}

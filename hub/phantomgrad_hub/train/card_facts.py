@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from phantomgrad_hub.data.sources import Source
@@ -45,10 +46,21 @@ def _command(config: TrainConfig, recipe: str, base: str | None, data: str) -> s
         return None
     init = "" if base is None else f" --init {base}"
     known, tree = to_json(RECIPES[recipe]()), to_json(config)
-    changes = [
-        f" --set {key}={_spelled(_at(tree, key))}" for key in differing_keys(known, tree) if _at(tree, key) is not None
-    ]
-    return f"phantomgrad train {recipe} --data {data}{init} --out RUN{''.join(changes)}"[:2000]
+    # A choice of another class names all its options in one setting.
+    keys = sorted({_whole(tree, known, key) for key in differing_keys(known, tree)})
+    changes = [f" --set {shlex.quote(f'{key}={_spelled(_at(tree, key))}')}" for key in keys]
+    return f"phantomgrad train {recipe} --data {data}{init} --out RUN{''.join(changes)}"
+
+
+def _whole(tree: Any, known: Any, key: str) -> str:
+    """`key`, or the key above it whose class is another one than in the recipe."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        above = ".".join(parts[:count])
+        new, old = _at(tree, above), _at(known, above)
+        if isinstance(new, dict) != isinstance(old, dict) or (isinstance(new, dict) and new["type"] != old["type"]):
+            return above
+    return key
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -58,10 +70,15 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def _spelled(value: Any) -> str:
-    """A value as `--set` reads it, in quotes where a shell needs them."""
+    """A value as `--set` reads it."""
     if isinstance(value, dict):
         options = ", ".join(f"{name}={_spelled(entry)}" for name, entry in value.items() if name != "type")
-        text = f"{value['type']}({options})"
-    else:
-        text = value if isinstance(value, str) else repr(tuple(value) if isinstance(value, list) else value)
-    return f"'{text}'" if any(character in text for character in " ()[]'\"") else text
+        return f"{value['type']}({options})"
+    if isinstance(value, list):
+        # In a list a record is the tuple of its values.
+        entries = [
+            [part for name, part in entry.items() if name != "type"] if isinstance(entry, dict) else entry
+            for entry in value
+        ]
+        return f"({', '.join(map(_spelled, entries))}{',' if len(entries) == 1 else ''})"
+    return repr(value)

@@ -53,7 +53,9 @@ class LocalHub:
         self.objects = self._folder / "lfs"
         self.objects.mkdir()
         self._main, self._lfs = _Server(self), _Server(self)
-        self.endpoint, self.lfs_endpoint = self._main.address, self._lfs.address
+        self.endpoint = self._main.address
+        # Another host, not only another port: a client before 2.0 takes a redirect to the same host for one of the hub's own.
+        self.lfs_endpoint = self._lfs.address.replace("127.0.0.1", "localhost")
         for server in (self._main, self._lfs):
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
@@ -77,8 +79,8 @@ class LocalHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             **login,
         }
 
