@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ def attach(
     on_step: OnStep | None = None,
     compile: bool = False,
     process_group: Any = None,
+    batched_inputs: Sequence[int | str] | None = None,
 ) -> Attachment:
     """Make `module` return its equilibrium: `module(z0, x)` now solves `z = forward(z, x)` from `z0`.
 
@@ -47,6 +48,8 @@ def attach(
     on_step: called as `on_step(step, image, residual)` after each check of the solver.
     compile: compile the cell with `torch.compile`, for solver and gradient alike.
     process_group: processes that must stop and fail together (FSDP units or SyncBatchNorm inside the cell).
+    batched_inputs: which further inputs, by position or keyword, have `batch_dim` too, all tensors in them. A solve then does not
+        evaluate samples that have converged, with the same results. None leaves it unsaid: all are evaluated to the end.
 
     Raises AttachError if the module is attached already, is no module, or has no such argument.
     """
@@ -76,7 +79,13 @@ def attach(
         on_failure=on_failure,
         on_step=on_step,
         process_group=process_group,
+        batched_inputs=batched_inputs,
     )
+    if compile and settings.batched_inputs is not None:
+        raise ValueError(
+            "batched_inputs lets converged samples be dropped from the batch, and with compile=True every size of it would be "
+            "compiled anew. Leave out one of the two."
+        )
     return Attachment(module, settings, state=state, output=output, compile=compile)
 
 

@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from phantomgrad._arguments import StateArgument, call_forward, original_forward
+from phantomgrad._arguments import Call, StateArgument, call_forward, original_forward, parameters_of
+from phantomgrad._batched_inputs import BatchedCall, BatchedInputs
 from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._communication import refuse_communication
@@ -71,6 +72,10 @@ class Attachment(Bound):
         self._settings = settings
         self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
         self._state = StateArgument(module, state)
+        self._batched: BatchedInputs | None = None
+        if settings.batched_inputs is not None:
+            parameters, place = parameters_of(module), self._state.place
+            self._batched = BatchedInputs(settings.batched_inputs, parameters, place, lambda: module_path(module))
         self._output = output
         self._compile = compile
         self._report = Report(settings.on_failure)
@@ -239,7 +244,14 @@ class Attachment(Bound):
             refuse_communication(module)
         scope = OncePerSolve(module, ahead=self._compile)
         cell = Cell(
-            call, z0, output=self._output, where=self._where, scope=scope, compiled=self._compile, returns_more=True
+            call,
+            z0,
+            output=self._output,
+            where=self._where,
+            scope=scope,
+            compiled=self._compile,
+            returns_more=True,
+            batched=self._batched_call(call),
         )
         if torch.is_grad_enabled() and not settings.gradient.records_solve:
             self._check_start(z0, cell, others, module)
@@ -253,6 +265,10 @@ class Attachment(Bound):
         thread.last_output = [weakref.ref(leaf) for leaf in leaves]
         value = cell.structure.unflatten(leaves)
         return value if self._output is None else cell.replace_state(value)
+
+    def _batched_call(self, call: Call) -> BatchedCall | None:
+        batch_dim = self._settings.batch_dim
+        return None if self._batched is None or batch_dim is None else self._batched.of(call, batch_dim, self._where)
 
     def _current_settings(self) -> Settings:
         """The settings of a call in this thread."""

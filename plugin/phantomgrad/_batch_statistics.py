@@ -21,6 +21,15 @@ from torch.nn.modules import batchnorm
 NormBase = batchnorm._NormBase
 """BatchNorm and InstanceNorm of any number of dimensions."""
 
+
+def couples_samples(module: nn.Module) -> bool:
+    """Whether it normalises with the statistics of a whole batch, or updates its own by them."""
+    if not isinstance(module, NormBase):
+        return False
+    updates = module.training and module.track_running_stats
+    return updates or (isinstance(module, batchnorm._BatchNorm) and (module.training or module.running_mean is None))
+
+
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 _STANDS_FOR = "_phantomgrad_stands_for"
 _Buffers = list[tuple[nn.Module, str, Tensor]]

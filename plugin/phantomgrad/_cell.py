@@ -14,23 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantomgrad._batched_inputs import BatchedCall
 from phantomgrad._errors import PhantomGradError, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._randomness import Replay
+from phantomgrad._samples import Samples
 from phantomgrad._state import Leaves, State, Structure, describe, requires_grad
 from phantomgrad._transforms import is_vmapped
+
+Step = Callable[[State], Any]
+Signature = tuple[tuple[torch.Size, torch.device], ...]
+"""Shape and device of every leaf."""
 
 
 class Cell:
     """The map `f` for the duration of one call.
 
     `step` takes a state and returns the next one, or with `output` (a position or key) something larger that contains
-    it; with `returns_more` the latest evaluation's is kept in `returned` until `replace_state` takes it.
+    it; with `returns_more` the latest evaluation's is kept in `returned` until `replace_state` takes it. `batched` is the same
+    call where the caller has declared which of its arguments carry the batch.
     """
 
     def __init__(
         self,
-        step: Callable[[State], Any],
+        step: Step,
         state: State,
         *,
         output: int | str | None = None,
@@ -38,6 +45,7 @@ class Cell:
         scope: OncePerSolve | None = None,
         compiled: bool = False,
         returns_more: bool = False,
+        batched: BatchedCall | None = None,
     ) -> None:
         self.structure = Structure.of(state, where)
         leaves = self.structure.flatten(state)
@@ -54,8 +62,10 @@ class Cell:
         self._given: Leaves = leaves
         self._step = step
         self._output = output
+        self.batched = batched
         self._evaluated = False
         self._finished = False
+        self._couples_samples = scope is not None and scope.couples_samples
         self._scope = scope if scope is not None and scope.needed else None
         self._randomness = Replay(leaves[0].device)
         self._signature = tuple((leaf.shape, leaf.device) for leaf in leaves)
@@ -73,15 +83,30 @@ class Cell:
 
     def __call__(self, leaves: Leaves) -> Leaves:
         """`f` of a state with these leaves."""
+        return self._evaluated_by(self._step, leaves, self._signature)
+
+    def narrowed(self, rows: Tensor, samples: Samples) -> Callable[[Leaves], Leaves] | None:
+        """`f` for the samples `rows` of the batch alone; None where that would be another map.
+
+        It would be where the first evaluation has drawn random numbers, or where a norm sees the whole batch. `samples` are those
+        of the narrowed state.
+        """
+        if self.batched is None or self._couples_samples or self._randomness.draws:
+            return None
+        step = self.batched.narrowed(rows)
+        signature = tuple((shape, device) for shape, (_, device) in zip(samples.shapes, self._signature, strict=True))
+        return lambda leaves: self._evaluated_by(step, leaves, signature)
+
+    def _evaluated_by(self, step: Step, leaves: Leaves, signature: Signature) -> Leaves:
         unchanged = self._watch(leaves)
         state = self.structure.unflatten(leaves)
         self._randomness.begin()
         try:
             if self._scope is None:
-                returned = self._step(state)
+                returned = step(state)
             else:
                 with self._scope():
-                    returned = self._step(state)
+                    returned = step(state)
         finally:
             self._randomness.end()
         self._evaluated = True
@@ -90,7 +115,7 @@ class Cell:
                 f"The map changed its state in place{self.where()}. The solver still needs it: write `z = z + ...` "
                 "instead of `z += ...`, and use operations without a trailing underscore."
             )
-        return self._checked(state, returned)
+        return self._checked(state, returned, signature)
 
     def take_given(self) -> Leaves:
         """The start as it was given, with its history, which this no longer refers to."""
@@ -129,10 +154,10 @@ class Cell:
         copies = [leaf.clone() for leaf in leaves]
         return lambda: all(map(_same, leaves, copies))
 
-    def _checked(self, state: State, returned: Any) -> Leaves:
+    def _checked(self, state: State, returned: Any, signature: Signature) -> Leaves:
         image = self._select(state, returned)
         leaves = self.structure.flatten(image)
-        if leaves is None or tuple((leaf.shape, leaf.device) for leaf in leaves) != self._signature:
+        if leaves is None or tuple((leaf.shape, leaf.device) for leaf in leaves) != signature:
             raise self._mismatch(state, image)
         if any(map(is_vmapped, leaves)):
             raise PhantomGradError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -30,6 +30,7 @@ def equilibrium(
     on_step: OnStep | None = None,
     compile: bool = False,
     process_group: Any = None,
+    batched_inputs: Sequence[int | str] | None = None,
 ) -> Callable[[Decorated], Decorated]:
     """Decorate an `nn.Module` subclass, whose instances are then attached, or a function `f(z, *inputs)`.
 
@@ -54,6 +55,7 @@ def equilibrium(
             on_step=on_step,
             compile=compile,
             process_group=process_group,
+            batched_inputs=batched_inputs,
         )
 
     def decorate(target: Decorated) -> Decorated:

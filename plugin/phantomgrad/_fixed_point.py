@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -11,6 +12,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from phantomgrad._arguments import Call, Place
+from phantomgrad._batched_inputs import BatchedInputs
 from phantomgrad._cell import Cell
 from phantomgrad._errors import DivergedError, NotConvergedError, NotConvergedWarning, StateMismatchError
 from phantomgrad._once_per_solve import OncePerSolve
@@ -41,6 +44,8 @@ class Settings:
     on_failure: OnFailure = "warn"
     on_step: OnStep | None = None
     process_group: Any = None
+    batched_inputs: Sequence[int | str] | None = None
+    """Which further inputs have a batch dimension; None where the caller has not said."""
 
     def __post_init__(self) -> None:
         for name, kind in (("gradient", Gradient), ("solver", Solver)):
@@ -58,6 +63,25 @@ class Settings:
             raise ValueError(f"on_failure must be one of 'warn', 'raise', 'ignore', got {self.on_failure!r}.")
         if self.on_step is not None and not callable(self.on_step):
             raise TypeError(f"on_step must be callable or None, got {self.on_step!r}.")
+        self._check_batched_inputs()
+
+    def _check_batched_inputs(self) -> None:
+        named = self.batched_inputs
+        if named is None:
+            return
+        if not isinstance(named, tuple | list) or any(
+            isinstance(each, bool) or not isinstance(each, int | str) for each in named
+        ):
+            raise TypeError(f"batched_inputs must be a tuple of positions and keywords, or None, got {named!r}.")
+        for name, given in (
+            ("batch_dim=None", self.batch_dim is None),
+            ("process_group", self.process_group is not None),
+        ):
+            if given:
+                raise ValueError(
+                    f"batched_inputs lets converged samples be dropped from the batch, which {name} rules out. Leave out one "
+                    "of the two."
+                )
 
     @property
     def running_solver(self) -> Solver:
@@ -81,6 +105,7 @@ def fixed_point(
     on_failure: OnFailure = "warn",
     on_step: OnStep | None = None,
     process_group: Any = None,
+    batched_inputs: Sequence[int | str] | None = None,
 ) -> Solution:
     """Solve `z = fn(z, *inputs)` from `z0`, with gradients to the inputs, captured tensors and parameters of `fn`.
 
@@ -94,12 +119,30 @@ def fixed_point(
         on_failure=on_failure,
         on_step=on_step,
         process_group=process_group,
+        batched_inputs=batched_inputs,
     )
+    call = Call(fn, (None, *inputs), {}, state=0)
+    batched = None
+    if settings.batched_inputs is not None and settings.batch_dim is not None:
+        parameters = _parameters(fn)
+        state = Place.find(parameters, 0) or Place(0, None)
+        declared = BatchedInputs(
+            settings.batched_inputs, parameters, state, lambda: getattr(fn, "__name__", type(fn).__name__)
+        )
+        batched = declared.of(call, settings.batch_dim, lambda: "")
     visible = [*inputs, *(fn.parameters() if isinstance(fn, nn.Module) else ())]
     scope = OncePerSolve(fn) if isinstance(fn, nn.Module) else None
-    cell = Cell(lambda z: fn(z, *inputs), z0, output=output, scope=scope)
+    cell = Cell(call, z0, output=output, scope=scope, batched=batched)
     leaves, solution = run(cell, settings, visible=visible, report=Report(settings.on_failure))
     return replace(solution, value=cell.structure.unflatten(leaves))
+
+
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What `fn` takes; anything by position where that cannot be read, as of a builtin."""
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError:
+        return [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
 
 
 def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Report) -> tuple[Leaves, Solution]:
@@ -111,6 +154,8 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     samples = Samples(cell.start, settings.batch_dim, where=cell.where)
     if cell.is_empty:
         return _run_empty(cell, settings, samples)
+    if cell.batched is not None and not torch.compiler.is_exporting():
+        cell.batched.check(samples.count)
     gradient, solver = settings.gradient, settings.running_solver
     recorded = gradient.records_solve and torch.is_grad_enabled()
     given = cell.take_given()
@@ -119,6 +164,8 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
     wants_grad = (wants_grad or in_forward_mode()) and not torch.compiler.is_exporting()
     probing = torch.is_grad_enabled() and not (wants_grad or recorded or torch.compiler.is_exporting())
     probe = _Probe(cell) if probing else None
+    narrows = cell.batched is not None and not (recorded or torch.compiler.is_exporting())
+    narrows = narrows and not (gradient.reads_memory and torch.is_grad_enabled())
     on_step, agree = settings.on_step, _agreement(settings.process_group)
     tolerance_dtype = _tolerance_dtype(samples)
     with nullcontext() if recorded else without_tangents():
@@ -135,6 +182,7 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
             agree=agree,
             recorded=recorded,
             stop_early=not gradient.records_solve,
+            narrow=cell.narrowed if narrows else None,
         )
     cell.solved()
     if probe is not None:

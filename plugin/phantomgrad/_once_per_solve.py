@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from phantomgrad._batch_statistics import BatchStatistics, NormBase
+from phantomgrad._batch_statistics import BatchStatistics, NormBase, couples_samples
 from phantomgrad._parametrizations import SharedParametrizations
 
 
@@ -27,6 +27,8 @@ class OncePerSolve:
                 parametrizations.append(each)
             elif isinstance(each, NormBase) and each.training and each.track_running_stats:
                 norms.append(each)
+        self.couples_samples = any(map(couples_samples, module.modules()))
+        """Whether the samples of a batch depend on each other, or an update on all of them."""
         self._shared = SharedParametrizations(parametrizations) if parametrizations else None
         self._statistics = BatchStatistics(norms) if norms else None
         self.needed = bool(parametrizations or norms)

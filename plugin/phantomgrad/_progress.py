@@ -53,15 +53,21 @@ class Progress:
         self._keep, self._stop_early, self._agree = keep, stop_early, agree
         self._steps = 0
         # Made when a sample first stops; until then all are running.
-        self._outcome: _Outcome | None = None
+        self._outcome: Outcome | None = None
 
     @property
-    def outcome(self) -> _Outcome:
-        """Per sample: whether it has converged or diverged, and after how many steps."""
+    def outcome(self) -> Outcome:
+        """What has become of every sample so far."""
         if self._outcome is not None:
             return self._outcome
         none = torch.zeros_like(self.best, dtype=torch.bool)
-        return _Outcome(none, none, torch.full_like(self.best, self._steps, dtype=torch.int64))
+        return Outcome(none, none, torch.full_like(self.best, self._steps, dtype=torch.int64))
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the samples `rows` alone."""
+        self.best, self._atol = self.best[rows], self._atol[rows]
+        if self._outcome is not None:
+            self._outcome = self._outcome.select(rows)
 
     def check(self, step: int, gap: Tensor, scale: Tensor) -> Check:
         """Take in `||f(z) - z||` and `||f(z)||` of every sample at a step."""
@@ -79,7 +85,7 @@ class Progress:
         diverged = before.diverged | ~finite
         converged = (before.converged & stopped) | ~(unmet | diverged)
         self._steps = step
-        self._outcome = after = _Outcome(converged, diverged, torch.where(stopped, before.steps, step))
+        self._outcome = after = Outcome(converged, diverged, torch.where(stopped, before.steps, step))
         # A sample that has stopped is evaluated again at its best iterate, which is as good as it was. One that has just
         # converged is taken here: an absolute tolerance may let it with a larger relative residual than an earlier one.
         improved = finite & ((improved & (~stopped | (residual == self.best))) | (converged & ~stopped))
@@ -102,10 +108,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """Per sample: whether it has converged or diverged, and after how many steps."""
+
     converged: Tensor
     diverged: Tensor
     steps: Tensor
+
+    def select(self, rows: Tensor) -> Outcome:
+        """That of the samples `rows` alone."""
+        return Outcome(self.converged[rows], self.diverged[rows], self.steps[rows])
+
+    def replaced(self, rows: Tensor, chosen: Outcome) -> Outcome:
+        """A copy with the samples `rows` replaced by `chosen`."""
+        return Outcome(
+            self.converged.index_copy(0, rows, chosen.converged),
+            self.diverged.index_copy(0, rows, chosen.diverged),
+            self.steps.index_copy(0, rows, chosen.steps),
+        )
 
     def stopped(self, early: bool) -> Tensor:
         return self.converged | self.diverged if early else self.diverged

@@ -22,6 +22,11 @@ class Replay:
         self._finished = False
         self._outside: tuple[Tensor, ...] | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether the evaluations draw random numbers, as far as the first has shown."""
+        return self._replayed is not False
+
     def begin(self) -> None:
         """Called before each evaluation."""
         if self._first is None:

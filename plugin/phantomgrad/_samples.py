@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -72,6 +73,27 @@ class Samples:
             for leaf, rest, dim in zip(chosen, other, self._batch_dims, strict=True)
         )
 
+    def select(self, leaves: Leaves, rows: Tensor) -> Leaves:
+        """The leaves of the samples `rows`, integers of shape (samples,), alone."""
+        return tuple(select_rows(leaf, rows, dim or 0) for leaf, dim in zip(leaves, self._batch_dims, strict=True))
+
+    def replaced(self, leaves: Leaves, rows: Tensor, chosen: Leaves) -> Leaves:
+        """A copy of `leaves` with those of the samples `rows` replaced by `chosen`."""
+        copies = tuple(map(torch.clone, leaves))
+        for leaf, new, dim in zip(copies, chosen, self._batch_dims, strict=True):
+            leaf.movedim(dim or 0, 0)[rows] = new.movedim(dim or 0, 0)
+        return copies
+
+    def narrowed(self, count: int) -> Samples:
+        """Those of leaves that differ from these in having `count` samples."""
+        narrowed = copy(self)
+        narrowed.count = count
+        narrowed.shapes = tuple(
+            shape if dim is None else torch.Size((*shape[:dim], count, *shape[dim + 1 :]))
+            for shape, dim in zip(self.shapes, self._batch_dims, strict=True)
+        )
+        return narrowed
+
     @staticmethod
     def _broadcast(mask: Tensor, leaf: Tensor, dim: int | None) -> Tensor:
         shape = [1] * leaf.dim()
@@ -110,6 +132,11 @@ class Samples:
     def _width(self, shape: torch.Size) -> int:
         """How many entries of a tensor belong to each sample."""
         return math.prod(shape) // max(self.count, 1)
+
+
+def select_rows(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """The entries `rows` of `tensor` along `dim`, laid out in memory as it is."""
+    return tensor.movedim(dim, 0)[rows].movedim(0, dim)
 
 
 def _batch_dim(leaf: Tensor, batch_dim: int | None, where: Callable[[], str]) -> int | None:

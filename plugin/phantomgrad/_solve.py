@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phantomgrad._compaction import Batch, Narrow
 from phantomgrad._progress import Agree, Progress
 from phantomgrad._samples import Samples
 from phantomgrad._solution import Trace
-from phantomgrad._state import Leaves
+from phantomgrad._state import Leaves, Map
 from phantomgrad.solvers import Solver
 
-Map = Callable[[Leaves], Leaves]
 OnStep = Callable[[int, Leaves, Tensor], None]
 
 
@@ -34,7 +34,7 @@ class Solved:
     last: bool
     """Whether `point` is where the map was evaluated last, for every sample."""
     memory: Any
-    """What the solver remembers of its steps."""
+    """What the solver remembers of its steps: of the samples evaluated last, with `narrow`."""
     trace: Trace | None
 
 
@@ -50,12 +50,14 @@ def solve(
     agree: Agree | None = None,
     recorded: bool = False,
     stop_early: bool = True,
+    narrow: Narrow | None = None,
 ) -> Solved:
     """Iterate `evaluate` from `start` until every sample has converged or diverged, or the steps run out.
 
     A converged sample is frozen at its iterate. A diverged one (its residual is not finite) ends the solve at once if
     `stop_on_divergence`; otherwise it is frozen at its best finite iterate. With `recorded` the graph of all steps is kept;
-    without `stop_early` no sample stops before the last of them.
+    without `stop_early` no sample stops before the last of them. With `narrow` converged samples are no longer evaluated
+    where that pays (Note [Compaction]); the result is the same, but for `memory`, which is that of the others.
     """
     with torch.set_grad_enabled(recorded):
         return _iterate(
@@ -68,6 +70,7 @@ def solve(
             on_step=on_step,
             agree=agree,
             stop_early=stop_early,
+            narrow=narrow,
         )
 
 
@@ -82,51 +85,60 @@ def _iterate(
     on_step: OnStep | None,
     agree: Agree | None,
     stop_early: bool,
+    narrow: Narrow | None,
 ) -> Solved:
     rtol, atol = solver.tolerances(tolerance_dtype)
     like = torch.empty(samples.count, dtype=samples.dtype.to_real(), device=samples.device)
     progress = Progress(like, rtol=rtol, atol=atol, keep=solver.keep, stop_early=stop_early, agree=agree)
     trace = Trace(states=[] if solver.trace == "state" else None) if solver.trace else None
 
+    batch = Batch(evaluate, samples, narrow if solver.can_select else None)
     best_point = best_image = z = start
+    stopped: Tensor | None = None
     memory = solver.start(start, samples) if solver.max_steps > 0 else None
     watched = rtol > 0 or atol > 0 or solver.keep == "best" or trace is not None or on_step is not None
     check_every = solver.check_every if watched else solver.max_steps
     for step in range(1, solver.max_steps + 1):
-        fz = evaluate(z)
-        if step % check_every != 0 and step != solver.max_steps:
-            z = solver.advance(z, fz, memory, samples)
-            continue
-        with torch.no_grad():
-            check = progress.check(step, samples.norm(tuple(map(torch.sub, fz, z))), samples.norm(fz))
-        if check.improved is None:
-            best_point, best_image = z, fz
-        else:
-            best_point = samples.where(check.improved, z, best_point)
-            best_image = samples.where(check.improved, fz, best_image)
-        if trace is not None:
-            trace.steps.append(step)
-            trace.residuals.append(check.residual)
-            if trace.states is not None:
-                trace.states.append(fz)
-        if on_step is not None:
-            on_step(step, fz, check.residual)
-        if progress.all_stopped or (progress.any_diverged and stop_on_divergence) or step == solver.max_steps:
-            break
+        fz = batch.evaluate(z)
+        if step % check_every == 0 or step == solver.max_steps:
+            with torch.no_grad():
+                gap, scale = samples.norm(tuple(map(torch.sub, fz, z))), samples.norm(fz)
+                check = progress.check(step, gap, scale)
+            stopped = check.stopped
+            if check.improved is None:
+                best_point, best_image = z, fz
+            else:
+                best_point = samples.where(check.improved, z, best_point)
+                best_image = samples.where(check.improved, fz, best_image)
+            if trace is not None:
+                trace.steps.append(step)
+                trace.residuals.append(batch.whole_residual(check.residual))
+                if trace.states is not None:
+                    trace.states.append(batch.whole(fz))
+            if on_step is not None:
+                on_step(step, batch.whole(fz), batch.whole_residual(check.residual))
+            if progress.all_stopped or (progress.any_diverged and stop_on_divergence) or step == solver.max_steps:
+                break
+            kept = None if stopped is None else batch.drop_converged(progress, best_point, best_image)
+            if kept is not None and stopped is not None:
+                stopped = stopped[kept]
+                z, fz, best_point, best_image = (samples.select(each, kept) for each in (z, fz, best_point, best_image))
+                memory, samples = solver.select(memory, kept), batch.samples
         advanced = solver.advance(z, fz, memory, samples)
-        z = advanced if check.stopped is None else samples.where(check.stopped, best_point, advanced)
+        z = advanced if stopped is None else samples.where(stopped, best_point, advanced)
 
-    outcome = progress.outcome
+    last = best_point is z and not batch.narrowed
+    best_point, best_image, residual, outcome = batch.whole_result(progress, best_point, best_image)
     return Solved(
         point=best_point,
         image=best_image,
         converged=outcome.converged,
         steps=outcome.steps,
-        residual=progress.best if solver.max_steps > 0 else torch.full_like(progress.best, torch.nan),
+        residual=residual if solver.max_steps > 0 else torch.full_like(residual, torch.nan),
         all_converged=progress.all_converged,
         diverged=outcome.diverged,
         any_diverged=progress.any_diverged,
-        last=best_point is z,
+        last=last,
         memory=memory,
         trace=trace,
     )

@@ -18,6 +18,8 @@ from phantomgrad._errors import StateMismatchError
 
 Leaves = tuple[Tensor, ...]
 """The tensors of a state, in a fixed order."""
+Map = Callable[[Leaves], Leaves]
+"""What is iterated."""
 
 State = Any
 """A tensor, or a tuple, list or dict of states (nested types cannot be spelt out without losing the user's own)."""

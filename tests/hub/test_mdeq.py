@@ -14,7 +14,7 @@ from PIL import Image
 from small import official_config, pooled_config
 from torch.nn.functional import cross_entropy, interpolate
 
-from phantomgrad import FixedPointIteration, attachments, is_attached
+from phantomgrad import Anderson, FixedPointIteration, attach, attachments, is_attached
 from phantomgrad_hub import MDEQ, LabelError, MDEQConfig, Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore::phantomgrad.NotConvergedWarning")
@@ -169,6 +169,30 @@ def test_channels_last_gives_the_same_logits() -> None:
     expected = model(images)
     model = model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_photos_that_have_converged_leave_the_batch_and_change_no_answer(training: bool) -> None:
+    torch.manual_seed(1)
+    solver = Anderson(max_steps=20, rtol=0.4)
+    model = MDEQ(pooled_config(solver=solver, dropout=0.5)).double().train(training)
+    injection = model.inject(images_for(model.config, 6).double()).detach()
+    z0, inputs = model.initial_state(injection), model.block_inputs(injection)
+    assert len(inputs) == 1 + training
+    rows: list[int] = []
+    layer: Any = model.block.branches[0]
+    layer[0].register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    results, fewest = [], []
+    [attachment] = attachments(model)
+    for _ in range(2):
+        with torch.no_grad():
+            results.append(model.block(z0, *inputs))
+        fewest.append(min(rows))
+        rows.clear()
+        attachment.remove()
+        attachment = attach(model.block, solver=solver)
+    assert fewest[0] < fewest[1] == 6
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_holds_one_mask_for_a_solve() -> None:

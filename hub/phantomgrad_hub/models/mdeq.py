@@ -61,7 +61,13 @@ class MDEQ(nn.Module):
         self.block = MultiscaleBlock(config)
         self.head = build_head(config)
         self._initialise()
-        phantomgrad.attach(self.block, config.gradient, solver=config.solver, eval_solver=config.eval_solver)
+        phantomgrad.attach(
+            self.block,
+            config.gradient,
+            solver=config.solver,
+            eval_solver=config.eval_solver,
+            batched_inputs=("injection", "masks"),
+        )
 
     @property
     def labels(self) -> list[str]:

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from phantomgrad._errors import PhantomGradError
-from phantomgrad._solve import Map
-from phantomgrad._state import Leaves
+from phantomgrad._state import Leaves, Map
 from phantomgrad._transforms import in_function_transform, keeping_buffers
 from phantomgrad.gradients._engine import vector_jacobian_products
 from phantomgrad.gradients._saved import SavedOnce

@@ -13,8 +13,8 @@ from phantomgrad._progress import Agree
 from phantomgrad._report import Report
 from phantomgrad._samples import Samples
 from phantomgrad._solution import AdjointSolve
-from phantomgrad._solve import Map, Solved
-from phantomgrad._state import Leaves
+from phantomgrad._solve import Solved
+from phantomgrad._state import Leaves, Map
 from phantomgrad.solvers import Solver
 
 
@@ -61,6 +61,9 @@ class Gradient(ABC):
 
     records_solve: ClassVar[bool] = False
     """Whether the solve itself is recorded, all steps of it, from a start that may require grad."""
+
+    reads_memory: ClassVar[bool] = False
+    """Whether it reads `problem.solved.memory`, which must then be that of the whole batch."""
 
     @property
     def connects_last_evaluation(self) -> bool:

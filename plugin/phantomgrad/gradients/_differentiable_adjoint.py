@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from phantomgrad._errors import PhantomGradError
-from phantomgrad._solve import Map
-from phantomgrad._state import Leaves
+from phantomgrad._state import Leaves, Map
 from phantomgrad.gradients._adjoint import BACKWARD_ONLY, VJP, Tape, record_tape
 from phantomgrad.gradients._outside import Aliasing, Discovery, aliases, reaches_a_leaf
 

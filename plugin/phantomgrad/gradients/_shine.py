@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Shine(Gradient):
     INverse Estimate from the forward pass for bi-level optimization and implicit models", 2022). As good as the estimate, which
     knows the directions that the solve has taken; `refine` improves it. With another solver than `Broyden` an `AttachError`.
     """
+
+    reads_memory: ClassVar[bool] = True
 
     refine: int = 0
     """How many steps of minimal residual follow, preconditioned by the estimate; each makes one product."""

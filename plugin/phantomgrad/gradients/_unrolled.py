@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phantomgrad._errors import DivergedError, PhantomGradError
 from phantomgrad._options import check_boolean, check_integer, check_number
-from phantomgrad._solve import Map
-from phantomgrad._state import Leaves, damped, detach
+from phantomgrad._state import Leaves, Map, damped, detach
 from phantomgrad._transforms import in_forward_mode, in_function_transform
 from phantomgrad.gradients._base import Gradient, Problem
 

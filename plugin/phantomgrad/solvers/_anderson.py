@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ class Anderson(Solver):
         weights = memory.weights(self.ridge)
         return samples.from_matrix(torch.bmm(weights.unsqueeze(1), memory.targets[:, : memory.size]).squeeze(1))
 
+    def select(self, memory: History, rows: Tensor) -> History:
+        return memory.select(rows)
+
 
 class History:
     """A ring of the last residuals and of the points they lead to, with the residuals' Gram matrix."""
@@ -78,6 +82,14 @@ class History:
         column = torch.bmm(self.residuals.conj(), residual.unsqueeze(-1)).squeeze(-1).to(self.gram.dtype)
         self.gram[:, self._newest, :] = column.conj()
         self.gram[:, :, self._newest] = column
+
+    def select(self, rows: Tensor) -> History:
+        """That of the samples `rows` alone."""
+        selected = copy.copy(self)
+        if self.size > 0:
+            selected.residuals, selected.targets = self.residuals[rows], self.targets[rows]
+            selected.gram = self.gram[rows]
+        return selected
 
     def weights(self, ridge: float) -> Tensor:
         """The weights, shape (samples, size), with sum 1, of the combination with the smallest residual."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from phantomgrad._options import check_choice, check_integer, check_number
 from phantomgrad._samples import Samples
@@ -57,6 +58,24 @@ class Solver(ABC):
     def start(self, z: Leaves, samples: Samples) -> Any:
         """The memory of a solve that starts at `z`; it is passed to every `advance`, which may change it."""
         return None
+
+    def select(self, memory: Any, rows: Tensor) -> Any:
+        """The memory of the samples `rows`, integers of shape (samples,), alone.
+
+        A solver that implements it beside `advance` lets a solve drop converged samples from its batch; with any other no
+        sample is dropped.
+        """
+        raise NotImplementedError
+
+    @property
+    def can_select(self) -> bool:
+        """Whether `select` was written for this very `advance` and `start`, and not for those of a base class."""
+        for kind in type(self).__mro__:
+            if "select" in vars(kind):
+                return kind is not Solver
+            if "advance" in vars(kind) or "start" in vars(kind):
+                return False
+        return False
 
     @abstractmethod
     def advance(self, z: Leaves, fz: Leaves, memory: Any, samples: Samples) -> Leaves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ class Broyden(Solver):
         memory.forget(wild)
         return samples.from_matrix(torch.where(wild, point + residual, following))
 
+    def select(self, memory: InverseEstimate, rows: Tensor) -> InverseEstimate:
+        return memory.select(rows)
+
 
 _TOLERATED_GROWTH = 10.0
 """How far a residual may grow beyond the best one of its sample before the solve goes back to that."""
@@ -77,6 +81,16 @@ class InverseEstimate:
         )
         self._last = torch.where(lost, best_point, point), torch.where(lost, best_residual, residual)
         return self._last
+
+    def select(self, rows: Tensor) -> InverseEstimate:
+        """That of the samples `rows` alone."""
+        selected = copy.copy(self)
+        selected._left = None if self._left is None else self._left[rows]
+        selected._right = None if self._right is None else self._right[rows]
+        if self._last is not None and self._best is not None:
+            selected._last = self._last[0][rows], self._last[1][rows]
+            selected._best = self._best[0][rows], self._best[1][rows], self._best[2][rows]
+        return selected
 
     def forget(self, which: Tensor) -> None:
         """Let the samples in `which`, of shape (samples, 1), have the estimate `-I` again."""

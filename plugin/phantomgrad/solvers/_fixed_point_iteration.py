@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from phantomgrad._options import check_number
 from phantomgrad._samples import Samples
 from phantomgrad._state import Leaves, damped
@@ -27,3 +29,6 @@ class FixedPointIteration(Solver):
 
     def advance(self, z: Leaves, fz: Leaves, memory: Any, samples: Samples) -> Leaves:
         return damped(z, fz, self.damping)
+
+    def select(self, memory: Any, rows: Tensor) -> Any:
+        return memory
