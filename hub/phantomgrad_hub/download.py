@@ -30,13 +30,20 @@ def locate(path_or_repo: str | os.PathLike[str], revision: str | None = None, ac
     if not isinstance(path_or_repo, str | os.PathLike):
         raise TypeError(f"a checkpoint is named by a str or a path, not {type(path_or_repo).__name__}")
     name = os.fspath(path_or_repo)
+    if not name:
+        raise CheckpointNotFoundError(
+            "a checkpoint is named by a folder, `embedded` or user/name, not by an empty text"
+        )
     if name == EMBEDDED or Path(os.path.expanduser(name)).exists():
         if revision is not None:
             raise ValueError(f"revision is for repositories of the Hub, and {name} is a folder here")
         return Located(folder=locate_folder(path_or_repo))
     repository, at, named = name.partition("@")
     if not isinstance(path_or_repo, str) or not REPOSITORY.fullmatch(repository) or bool(at) != bool(named):
-        raise CheckpointNotFoundError(f"there is no checkpoint folder {name}")
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint folder {name}; a repository of the Hugging Face Hub is given as a str, user/name or "
+            "user/name@revision"
+        )
     if named and revision not in (None, named):
         raise ValueError(f"{name} and revision={revision!r} name two revisions")
     snapshot = pull(repository, named or revision, access)

@@ -14,10 +14,13 @@ from phantomgrad_hub.errors import ConfigError
 from phantomgrad_hub.evaluation import Evaluation
 from phantomgrad_hub.text import summarise
 
-REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-"""A repository of the Hub by its full name, `user/name`."""
+_PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
+"""A repository of the Hub by its full name, `user/name`, as the Hub allows it."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_TEXT = 2000
+_LONG_TEXTS = ("terms", "details", "limits")
+"""Those that may have several lines."""
 _TEXTS = (
     *("title", "data", "data_id", "split", "terms", "license", "license_name", "license_link"),
     *("command", "machine", "details", "limits", "base"),
@@ -84,13 +87,15 @@ class Facts:
     def __post_init__(self) -> None:
         for name in _TEXTS:
             value = getattr(self, name)
-            if value is not None and not _is_text(value):
+            if value is not None and not (_is_text(value) and (name in _LONG_TEXTS or "\n" not in value)):
                 raise ConfigError(f"{name} must be a text of 1 to {_MAX_TEXT} printable characters, got {value!r:.60}")
         hours = self.hours
         if hours is not None and (type(hours) not in (int, float) or not 0 <= hours < 1e6):
             raise ConfigError(f"hours must be a number of at least 0, got {hours!r:.60}")
         if self.data_id is not None and not REPOSITORY.fullmatch(self.data_id):
             raise ConfigError(f"data_id must be a dataset repository, user/name, got {self.data_id!r:.60}")
+        if self.base is not None and not _is_base(self.base):
+            raise ConfigError(f"base must be embedded, user/name or user/name@commit, got {self.base!r:.60}")
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", self.license):
             raise ConfigError(f"license must be an identifier such as mit or cc-by-nc-4.0, got {self.license!r:.60}")
         if self.license_link is not None and not re.fullmatch(r"https?://[^\s<>\"']+", self.license_link):
@@ -111,11 +116,18 @@ class Facts:
         if not isinstance(values, dict):
             raise ConfigError(f"the facts of a card are a JSON object, not {type(values).__name__}")
         if unknown := sorted(set(map(str, values)) - {option.name for option in fields(cls)}):
-            raise ConfigError(f"unknown keys: {summarise(unknown)}")
+            raise ConfigError(f"unknown keys: {summarise(unknown)}; if a newer release wrote them, update phantomgrad")
         options = dict(values)
         if options.get("evaluation") is not None:
             options["evaluation"] = Evaluation.from_dict(options["evaluation"])
         return cls(**options)
+
+
+def _is_base(value: str) -> bool:
+    repository, at, commit = value.partition("@")
+    return value == "embedded" or (
+        REPOSITORY.fullmatch(repository) is not None and (not at or COMMIT.fullmatch(commit) is not None)
+    )
 
 
 def _is_text(value: Any) -> bool:

@@ -81,7 +81,7 @@ def read_source(folder: Path) -> Source | None:
 
 
 def _read_optional(file: Path, parse: Any) -> Any:
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
         return parse(read_json(file))

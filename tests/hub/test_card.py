@@ -15,7 +15,7 @@ from phantomgrad_hub.checkpoint import read_description
 from phantomgrad_hub.evaluation import Evaluation
 from phantomgrad_hub.facts import Facts, Source
 from phantomgrad_hub.files import EMBEDDED_FOLDER
-from phantomgrad_hub.remote.card import is_rendered, render_card, with_source, without_source
+from phantomgrad_hub.remote.card import is_free, is_rendered, render_card, with_source, without_source
 from phantomgrad_hub.remote.push import plan
 
 hub = pytest.importorskip("huggingface_hub")
@@ -99,21 +99,41 @@ def test_every_card_is_known_again_and_an_edit_is_noticed(facts: Facts, tmp_path
     text = card(tmp_path, facts)
     assert "\n\n\n" not in text
     assert is_rendered(text)
-    assert is_rendered(text.replace("\n", "\r\n"))
-    assert is_rendered(with_source(text, SOURCE))
+    assert is_free(text.replace("\n", "\r\n").encode())
+    assert is_free(with_source(text.encode(), SOURCE))
     for edited in (text.replace("MDEQ", "MDQE", 1), text + "More.\n", "", "# A card\n", text.split("-->\n")[1]):
         assert not is_rendered(edited)
 
 
 def test_the_source_is_told_once_and_taken_away_again(tmp_path: Path) -> None:
-    text = card(tmp_path, FACTS)
+    text = card(tmp_path, FACTS).encode()
     copied = with_source(text, SOURCE)
-    assert copied.endswith(
-        f"Fetched from [ann/model](https://huggingface.co/ann/model/tree/{SOURCE.commit}) at commit `{SOURCE.commit}`.\n"
-    )
-    assert with_source(copied, replace(SOURCE, repository="bob/x")).count("Fetched from") == 1
-    assert without_source(copied) == text
-    assert without_source("# Mine\n") == "# Mine\n"
+    link = f"[ann/model](https://huggingface.co/ann/model/tree/{SOURCE.commit})"
+    assert copied.endswith(f"Fetched from {link} at commit `{SOURCE.commit}`.\n".encode())
+    assert with_source(copied, replace(SOURCE, repository="bob/x")).count(b"Fetched from") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"# Mine", b"# Mine\n", b"# Mine\r\nTwo\r\n\r\n", "# Caf\xe9".encode("latin-1"), b"\n\n\n"]
+)
+def test_a_card_comes_back_byte_by_byte(content: bytes) -> None:
+    assert without_source(with_source(content, SOURCE)) == content
+    assert without_source(content) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "free"),
+    [
+        (b"", True),
+        (b"---\nlicense: mit\n---\n", True),
+        (b"---\nlicense: mit\n---", True),
+        (b"---\nlicense: mit\n---\n# Mine\n", False),
+        (b"# Mine\n", False),
+        ("# Caf\xe9".encode("latin-1"), False),
+    ],
+)
+def test_a_card_without_text_belongs_to_nobody(content: bytes, free: bool) -> None:
+    assert is_free(content) == free
 
 
 def test_facts_and_source_stay_with_the_model(tmp_path: Path) -> None:
@@ -149,6 +169,8 @@ def test_figures_that_are_not_finite_survive_json(tmp_path: Path) -> None:
         ({"hours": True}, "hours must be a number"),
         ({"license": "MIT License"}, "license must be an identifier"),
         ({"license_link": "javascript:alert(1)"}, "license_link must be an address"),
+        ({"title": "a\n# b"}, "title must be a text"),
+        ({"base": "ann/model@main"}, "base must be embedded"),
         ({"data_id": "../../etc"}, "data_id must be a dataset repository"),
         ({"evaluation": {"count": 1}}, "missing keys in the evaluation: top1"),
         ({"evaluation": {**FOUND.to_dict(), "top1": 43.2}}, "top1 of the evaluation must be between 0 and 1"),
@@ -178,9 +200,24 @@ def test_a_plan_renders_for_its_repository_and_leaves_a_written_card_alone(tmp_p
     assert 'from_pretrained("ann/model")' in planned.card
     (folder / "README.md").write_text(planned.card, encoding="utf-8")
     assert 'from_pretrained("bob/other")' in plan(folder, "bob/other").card
-    (folder / "README.md").write_text("# My own\n", encoding="utf-8")
+    for content in ("", "---\nlicense: mit\n---\n"):
+        (folder / "README.md").write_text(content, encoding="utf-8")
+        assert plan(folder, "bob/other").rendered
+    (folder / "README.md").write_bytes("# Caf\xe9".encode("latin-1"))
+    with pytest.raises(CheckpointError, match="save it as UTF-8"):
+        plan(folder, "bob/other")
+    (folder / "README.md").write_bytes(b"#" * 2**21)
+    with pytest.raises(CheckpointError, match="more than the 1,048,576 of a card"):
+        plan(folder, "bob/other")
+    (folder / "README.md").unlink()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="is no file of this folder"):
+        plan(folder, "bob/other")
+    (folder / "README.md").unlink()
+    (folder / "README.md").write_text("# My own\r\n", encoding="utf-8", newline="")
     written = plan(folder, "bob/other")
-    assert (written.rendered, written.card) == (False, "# My own\n")
+    assert (written.rendered, written.card) == (False, "# My own\r\n")
     assert set(written.sizes) == {"config.json", "labels.json", "preprocessor.json", "model.safetensors", "README.md"}
     assert written.sizes["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 

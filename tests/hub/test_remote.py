@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,55 +25,6 @@ from phantomgrad_hub.remote.explain import explain, explaining
 pytestmark = pytest.mark.skipif(shutil.which("git") is None or os.name != "posix", reason="needs git and fork")
 
 WHOLE = {"config.json", "labels.json", "preprocessor.json", "model.safetensors", "README.md", "card.json"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Generator[LocalHub]:
-    with LocalHub() as hub:
-        hub.add_user("ann", token="hf_ann", role="write")
-        hub.add_user("bob", token="hf_bob", role="write")
-        hub.add_user("eve", token="hf_eve", role="read")
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def workers(server: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str | None, Worker]]:
-    made: dict[str | None, Worker] = {}
-    for name in ("ann", "bob", "eve", "wrong", None):
-        home = tmp_path_factory.mktemp(f"home-{name}")
-        made[name] = Worker(server.environment(home, token=None if name is None else f"hf_{name}"), home)
-    yield made
-    for worker in made.values():
-        worker.close()
-
-
-@pytest.fixture
-def ann(workers: dict[str | None, Worker], server: LocalHub) -> Worker:
-    server.clear_faults()
-    server.reset_requests()
-    return workers["ann"]
-
-
-@pytest.fixture(scope="module")
-def model() -> MDEQ:
-    torch.manual_seed(0)
-    made = MDEQ(pooled_config(), labels=["ant", "bee", "cat", "dog", "eel"])
-    made.facts = Facts(title="Ants and bees", data="Insects", license="mit")
-    return made
-
-
-@pytest.fixture
-def folder(model: MDEQ, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A name that no other test uses."""
-    return "ann/" + "".join(character if character.isalnum() else "-" for character in request.node.name)[:80].strip(
-        "-"
-    )
 
 
 def kinds(server: LocalHub) -> list[str]:
@@ -143,7 +93,10 @@ def test_an_edited_card_stays_unless_it_is_to_be_replaced(
     assert server.files(repository, "main")["README.md"] == edited
     told = ann("command", arguments=["push", str(folder), repository])
     assert told["status"] == 0
-    assert "README.md on the Hub was edited and stays; --overwrite-card replaces it." in told["out"]
+    assert (
+        "README.md on the Hub differs and somebody wrote or edited it, so it stays; --overwrite-card replaces it."
+        in told["out"]
+    )
     done = ann("push", folder=str(folder), repository=repository, overwrite_card=True)
     assert (done["sent"], done["kept_card"]) == (["README.md"], False)
     # A card that nobody edited follows the facts.
@@ -161,7 +114,10 @@ def test_private_is_private(
     ann("push", folder=str(folder), repository=repository, private=True)
     assert server.is_private(repository)
     assert "error" not in ann("load", checkpoint=repository)
-    for stranger, cure in (("bob", "that your account may read it"), (None, "log in with `hf auth login`")):
+    for stranger, cure in (
+        ("bob", "that your account may read it"),
+        (None, "log in (`hf auth login`, or set HF_TOKEN)"),
+    ):
         refused = workers[stranger]("load", checkpoint=repository)
         assert "CheckpointNotFoundError" in refused["kinds"], refused
         assert refused["message"].startswith(f"{repository} is neither a folder here nor a repository")
@@ -252,9 +208,13 @@ def test_offline_the_cache_serves_whole_checkpoints_only(
     refused = ann("load", checkpoint=repository, cache_dir=str(cache), local_files_only=True)
     assert refused["message"].startswith(f"{repository} is not in the cache")
     assert ann("load", checkpoint=repository, cache_dir=str(cache))["digest"] == digest(model)
-    next(cache.glob("*/snapshots/*/labels.json")).unlink()
-    refused = ann("load", checkpoint=repository, cache_dir=str(cache), local_files_only=True)
-    assert refused["message"].startswith(f"{repository} is not in the cache")
+    for name in ("labels.json", "card.json"):
+        # Also one that a checkpoint may lack: this one has it.
+        next(cache.glob(f"*/snapshots/*/{name}")).unlink()
+        refused = ann("load", checkpoint=repository, cache_dir=str(cache), local_files_only=True)
+        assert refused["message"].startswith(f"{repository} is not in the cache")
+        assert ann("load", checkpoint=repository, revision=commit, cache_dir=str(cache))["digest"] == digest(model)
+        assert next(cache.glob(f"*/snapshots/*/{name}")).is_file()
 
 
 @pytest.mark.parametrize("user", ["eve", "wrong", None])
@@ -267,7 +227,7 @@ def test_a_push_without_the_right_is_one_line(
     assert told["err"].count("\n") == 1
     expected = {
         "eve": "your token may not write to",
-        "wrong": "does not accept your token (401); log in with `hf auth login`",
+        "wrong": "does not accept your token (401); log in (`hf auth login`, or set HF_TOKEN) anew",
         None: "nobody is logged in, so nothing can be pushed to",
     }
     assert expected[user] in told["err"]
@@ -309,6 +269,9 @@ def test_what_is_no_checkpoint_is_said_before_it_is_fetched(
         "bob/..": "there is no checkpoint folder bob/..",
         "bob/bert@": "there is no checkpoint folder bob/bert@",
         "bob/bert@../../x": "'../../x' is no branch, tag or commit",
+        "bob/a--b": "there is no checkpoint folder bob/a--b; a repository of the Hugging Face Hub is given as a str, user/name",
+        "bob/x.git": "there is no checkpoint folder bob/x.git",
+        "": "not by an empty text",
     }
     for name, message in table.items():
         server.reset_requests()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     if at and (not named or options.revision not in (None, named)):
         raise UsageError(f"{options.repository}: give one revision, after @ or as --revision")
     out = Path(options.out)
-    if out.exists():
+    if not options.out or out.exists() or out.is_symlink():
         raise UsageError(f"--out {out} is there already; give a folder that is not")
     snapshot = pull(repository, named or options.revision)
     files = copy_snapshot(snapshot, out)
@@ -41,5 +42,5 @@ def run(options: argparse.Namespace) -> int:
         print_json({"checkpoint": str(out), **snapshot.source.to_dict(), "files": files})
         return 0
     print(f"{out}: {repository} at commit {snapshot.source.commit}")
-    print(f"classify with it: phantomgrad predict PHOTO --checkpoint {out}")
+    print(f"classify with it: phantomgrad predict PHOTO --checkpoint {shlex.quote(str(out))}")
     return 0

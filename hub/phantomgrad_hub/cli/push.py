@@ -61,5 +61,7 @@ def run(options: argparse.Namespace) -> int:
     sent = f"sent {', '.join(done.sent)}" if done.sent else "everything was there, no commit made"
     print(f"{done.url} at {done.commit[:12]}: {sent}")
     if done.kept_card:
-        print("README.md on the Hub was edited and stays; --overwrite-card replaces it.")
+        print(
+            "README.md on the Hub differs and somebody wrote or edited it, so it stays; --overwrite-card replaces it."
+        )
     return 0

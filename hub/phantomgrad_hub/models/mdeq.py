@@ -15,7 +15,7 @@ import phantomgrad
 from phantomgrad_hub.checkpoint import load_checkpoint, save_checkpoint
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.download import locate
-from phantomgrad_hub.errors import LabelError
+from phantomgrad_hub.errors import CheckpointError, LabelError
 from phantomgrad_hub.facts import Facts, Source
 from phantomgrad_hub.labels import LabelLike, default_labels, parse_labels
 from phantomgrad_hub.models.block import MultiscaleBlock, State
@@ -192,7 +192,14 @@ class MDEQ(nn.Module):
         """
         access = Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         found = locate(path_or_repo, revision, access)
-        return load_checkpoint(found.folder, labels, found.source)
+        try:
+            return load_checkpoint(found.folder, labels, found.source)
+        except CheckpointError as error:
+            if found.source is None:
+                raise
+            # Where in the cache it lies says nothing to the reader.
+            told = str(error).replace(str(found.folder), f"{found.source.repository} at {found.source.commit[:12]}")
+            raise type(error)(told) from error
 
     def _initialise(self) -> None:
         """Draw convolutions without weight norm from `N(0, conv_init_std**2)`, as the official code does."""

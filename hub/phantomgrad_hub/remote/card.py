@@ -19,9 +19,11 @@ from phantomgrad_hub.facts import REPOSITORY, Facts, Source
 from phantomgrad_hub.labels import default_labels
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_PLACE = "{marker}"
+_PLACE = "\x00marker\x00"
+"""Stands in the template where no text of a card can stand."""
 _MARKER = re.compile(r"<!-- rendered by phantomgrad, ([0-9a-f]{16}): yours once you edit it -->\n")
-_SOURCE = re.compile(r"\n+<!-- phantomgrad: source -->\n[^\n]*\n?\Z")
+_SOURCE = re.compile(rb"\n\n<!-- phantomgrad: source -->\n[^\n]*\n\Z")
+_FRONT_MATTER = re.compile(r"\A---\n.*?^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def render_card(description: Description, repository: str, parameters: int) -> str:
@@ -32,6 +34,7 @@ def render_card(description: Description, repository: str, parameters: int) -> s
     card = hub.ModelCard.from_template(
         _metadata(facts, repository),
         template_path=str(_TEMPLATE),
+        marker=_PLACE,
         title=_title(facts, repository),
         repository=repository,
         channels=config.channels,
@@ -55,23 +58,28 @@ def render_card(description: Description, repository: str, parameters: int) -> s
     return text.replace(_PLACE, _marker(text.replace(f"{_PLACE}\n", "", 1)).rstrip("\n"), 1)
 
 
+def is_free(content: bytes) -> bool:
+    """Whether nobody has written this card: it is rendered and not edited, or has no text below its metadata."""
+    text = without_source(content).decode(errors="replace").replace("\r\n", "\n")
+    return is_rendered(text) or not _FRONT_MATTER.sub("", text, count=1).strip()
+
+
 def is_rendered(text: str) -> bool:
     """Whether `text` is a card that `render_card` wrote and nobody has edited."""
-    text = without_source(text).replace("\r\n", "\n")
     found = _MARKER.search(text)
     return found is not None and _marker(text.replace(found[0], "", 1)) == found[0]
 
 
-def with_source(text: str, source: Source) -> str:
-    """The card of a fetched copy: the same, and where it was fetched from at its end."""
+def with_source(content: bytes, source: Source) -> bytes:
+    """The card of a fetched copy: the same, byte by byte, and where it was fetched from at its end."""
     link = f"{require('huggingface_hub.constants').ENDPOINT}/{source.repository}/tree/{source.commit}"
     line = f"Fetched from [{source.repository}]({link}) at commit `{source.commit}`."
-    return f"{without_source(text).rstrip()}\n\n<!-- phantomgrad: source -->\n{line}\n"
+    return without_source(content) + f"\n\n<!-- phantomgrad: source -->\n{line}\n".encode()
 
 
-def without_source(text: str) -> str:
+def without_source(content: bytes) -> bytes:
     """The card without the lines that `with_source` adds."""
-    return _SOURCE.sub("\n", text)
+    return _SOURCE.sub(b"", content)
 
 
 def _marker(text: str) -> str:

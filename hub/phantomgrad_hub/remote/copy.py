@@ -33,8 +33,7 @@ def copy_snapshot(snapshot: Snapshot, folder: Path) -> list[str]:
             write_json(partial / SOURCE_FILE, snapshot.source.to_dict())
             card = partial / CARD_FILE
             if card.is_file():
-                text = card.read_bytes().decode(errors="replace")
-                card.write_bytes(with_source(text, snapshot.source).encode())
+                card.write_bytes(with_source(card.read_bytes(), snapshot.source))
             os.rename(partial, folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error

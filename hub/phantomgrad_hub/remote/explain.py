@@ -12,25 +12,32 @@ from phantomgrad_hub.extras import require
 
 from .client import chain, errors, hub, is_forbidden, is_unreachable, seconds_to_wait, status, transport_error
 
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
 
 
 @contextmanager
-def explaining(repository: str, revision: str | None = None, *, writing: bool = False) -> Generator[None, None, None]:
+def explaining(
+    repository: str, revision: str | None = None, *, token: str | bool | None = None, writing: bool = False
+) -> Generator[None, None, None]:
     """Raise what the client raises as `HubError` or `CheckpointNotFoundError`; `writing` says that this is a push."""
     try:
         yield
     except PhantomGradError:
         raise
     except Exception as error:
-        told = explain(error, repository, revision, writing=writing)
+        told = explain(error, repository, revision, token=token, writing=writing)
         if told is None:
             raise
         raise told from error
 
 
 def explain(
-    error: Exception, repository: str, revision: str | None, *, writing: bool = False
+    error: Exception,
+    repository: str,
+    revision: str | None,
+    *,
+    token: str | bool | None = None,
+    writing: bool = False,
 ) -> PhantomGradError | None:
     """One line on `error`; None where it is not the client's."""
     kinds = errors()
@@ -48,20 +55,20 @@ def explain(
         return _offline(wanted, writing)
     if has(kinds.GatedRepoError):
         return HubError(
-            f"{repository} is gated: ask for access at {_page(repository)}, then {LOG_IN} with the account that has it"
+            f"{repository} is gated: ask for access at {page(repository)}, then {LOG_IN} with the account that has it"
         )
     if has(kinds.DisabledRepoError):
         return HubError(
-            f"{repository} has been disabled by the Hugging Face Hub; its page says why: {_page(repository)}"
+            f"{repository} has been disabled by the Hugging Face Hub; its page says why: {page(repository)}"
         )
     if has(kinds.RevisionNotFoundError):
         return CheckpointNotFoundError(
-            f"{repository} has no revision {revision or 'main'} on the Hugging Face Hub; its branches and tags: "
-            f"{_page(repository)}/tree/main"
+            f"{repository} has no revision {revision or 'main'} on the Hugging Face Hub; {page(repository)}/tree/main "
+            "lists its branches and tags"
         )
     answered = 403 if writing and is_forbidden(error) else status(error)
     if (has(kinds.RepositoryNotFoundError) and answered != 403) or answered in (401, 404):
-        return _not_found(repository, answered, writing)
+        return _not_found(repository, answered, token, writing)
     if answered is not None:
         return HubError(_refused(error, answered, wanted, writing))
     if is_unreachable(error):
@@ -90,15 +97,15 @@ def _offline(wanted: str, writing: bool) -> HubError:
     return not_cached(wanted)
 
 
-def _not_found(repository: str, answered: int | None, writing: bool) -> PhantomGradError:
-    token = hub().get_token()
-    if answered == 401 and token:
+def _not_found(repository: str, answered: int | None, token: str | bool | None, writing: bool) -> PhantomGradError:
+    used = token if isinstance(token, str) else token is not False and hub().get_token()
+    if answered == 401 and used:
         return HubError(f"the Hugging Face Hub does not accept your token (401); {LOG_IN} anew")
     if writing:
         return HubError(f"you may not write to {repository}, or it is not there; {LOG_IN} with an account that may")
     more = (
         f"check the name; if it is private, {LOG_IN}"
-        if not token
+        if not used
         else "check the name, and that your account may read it"
     )
     return CheckpointNotFoundError(
@@ -156,5 +163,6 @@ def _first_line(found: list[BaseException]) -> str:
     return type(found[0]).__name__
 
 
-def _page(repository: str) -> str:
+def page(repository: str) -> str:
+    """The address of a repository."""
     return f"{require('huggingface_hub.constants').ENDPOINT}/{repository}"

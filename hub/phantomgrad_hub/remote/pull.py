@@ -19,9 +19,7 @@ from phantomgrad_hub.errors import CheckpointError, CheckpointNotFoundError, Hub
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.facts import COMMIT, REPOSITORY, Source
 from phantomgrad_hub.files import (
-    CARD_FILE,
     CONFIG_FILE,
-    FACTS_FILE,
     FILES,
     MAX_JSON_BYTES,
     WEIGHTS_FILE,
@@ -30,12 +28,13 @@ from phantomgrad_hub.files import (
     read_config,
 )
 
-from .checksums import discard, of_cached, of_sibling
+from .cache import OPTIONAL, Cache
+from .checksums import Checksum, discard, of_sibling
 from .client import hub, is_unreachable, retried
 from .explain import explaining, not_cached
 
-_OPTIONAL = (FACTS_FILE, CARD_FILE)
-_REVISION = re.compile(r"[\w][\w.+/-]{0,199}", re.ASCII)
+_NO_REVISION = re.compile(r"\.\.|//|@\{|[\s~^:?*\[\\]|^[-/.]|[/.]$|\.lock$")
+"""What git does not allow in a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,10 @@ class Access:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
 
+    def __post_init__(self) -> None:
+        if self.token == "":
+            raise ValueError("token is an empty text; leave it out, or pass False for none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
@@ -57,6 +60,24 @@ class Snapshot:
 
     folder: Path
     source: Source
+
+
+def check_repository(repository: str) -> None:
+    """Raise `CheckpointNotFoundError` unless the Hub allows such a name."""
+    if not isinstance(repository, str):
+        raise TypeError(f"a repository is named by a str, user/name, not {type(repository).__name__}")
+    if not REPOSITORY.fullmatch(repository):
+        raise CheckpointNotFoundError(f"{repository!r:.100} is no repository of the Hub; they are called user/name")
+
+
+def check_revision(revision: str | None) -> None:
+    """Raise `CheckpointNotFoundError` unless git allows such a branch, tag or commit."""
+    if revision is None:
+        return
+    if not isinstance(revision, str):
+        raise TypeError(f"a revision is a str, a branch, tag or commit, not {type(revision).__name__}")
+    if not 1 <= len(revision) <= 200 or not revision.isprintable() or _NO_REVISION.search(revision):
+        raise CheckpointNotFoundError(f"{revision!r:.100} is no branch, tag or commit")
 
 
 def pull(repository: str, revision: str | None = None, access: Access | None = None) -> Snapshot:
@@ -67,22 +88,26 @@ def pull(repository: str, revision: str | None = None, access: Access | None = N
     `HubError`, each one line.
     """
     access = access or Access()
-    if not REPOSITORY.fullmatch(repository):
-        raise CheckpointNotFoundError(f"{repository!r:.100} is no repository of the Hub; they are called user/name")
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
-        raise CheckpointNotFoundError(f"{revision!r:.100} is no branch, tag or commit")
-    here = _cached(repository, revision, access)
+    check_repository(repository)
+    check_revision(revision)
     offline = access.local_files_only or require("huggingface_hub.constants").HF_HUB_OFFLINE
-    if here is not None and (offline or here.source.commit == revision):
-        return here
-    if offline:
-        raise not_cached(f"{repository} at {revision}" if revision else repository)
-    with explaining(repository, revision):
+    with explaining(repository, revision, token=access.token):
+        cache = Cache(repository, access.cache_dir)
+        commit = cache.commit_of(revision or "main")
+        if offline:
+            folder = None if commit is None else cache.folder(commit, listed=False)
+            if commit is None or folder is None:
+                raise not_cached(f"{repository} at {revision}" if revision else repository)
+            return Snapshot(folder=folder, source=Source(repository=repository, commit=commit))
+        if commit is not None and commit == revision and (folder := cache.folder(commit, listed=True)) is not None:
+            return Snapshot(folder=folder, source=Source(repository=repository, commit=commit))
         try:
-            return _fetch(repository, revision, access, tries=2 if here else None)
+            return _fetch(repository, revision, access, cache, tries=None if commit is None else 2)
         except Exception as error:
-            if here is None or not is_unreachable(error):
+            folder = cache.folder(commit, listed=True) if commit is not None and is_unreachable(error) else None
+            if commit is None or folder is None:
                 raise
+            here = Snapshot(folder=folder, source=Source(repository=repository, commit=commit))
             reason = str(error).strip().splitlines() or [type(error).__name__]
     warnings.warn(
         f"the Hugging Face Hub cannot be reached ({reason[0]}); {repository} is the copy in the cache, commit "
@@ -93,7 +118,7 @@ def pull(repository: str, revision: str | None = None, access: Access | None = N
     return here
 
 
-def _fetch(repository: str, revision: str | None, access: Access, tries: int | None) -> Snapshot:
+def _fetch(repository: str, revision: str | None, access: Access, cache: Cache, tries: int | None) -> Snapshot:
     api = hub().HfApi(token=access.token)
     info = retried(lambda: api.model_info(repository, revision=revision, files_metadata=True), tries=tries)
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
@@ -104,15 +129,20 @@ def _fetch(repository: str, revision: str | None, access: Access, tries: int | N
     if missing := [file for file in FILES if file not in siblings]:
         raise CheckpointNotFoundError(_no_checkpoint(fetch, missing))
     config = fetch(CONFIG_FILE, MAX_JSON_BYTES)
-    folder = config.parent
     try:
         largest = read_config(config).largest_file
     except ValueError as error:
         raise CheckpointError(f"{source.repository} at {source.commit[:12]}: {error}") from error
-    for file in (*FILES[1:], *(name for name in _OPTIONAL if name in siblings)):
-        fetch(file, largest if file == WEIGHTS_FILE else MAX_JSON_BYTES)
-    _remember(folder, revision or "main", source.commit)
-    return Snapshot(folder=folder, source=source)
+    # The weights come last: what is cut short is short of them.
+    names = [
+        *FILES[1:-1],
+        *(name for name in OPTIONAL if name in siblings and not fetch.is_too_large(name)),
+        WEIGHTS_FILE,
+    ]
+    for name in names:
+        fetch(name, largest if name == WEIGHTS_FILE else MAX_JSON_BYTES)
+    cache.remember(revision or "main", source.commit, fetch.verified)
+    return Snapshot(folder=config.parent, source=source)
 
 
 class _Fetcher:
@@ -120,6 +150,12 @@ class _Fetcher:
 
     def __init__(self, source: Source, access: Access, siblings: Mapping[str, Any]) -> None:
         self.source, self.siblings, self._access = source, siblings, access
+        self.verified: dict[str, Checksum] = {}
+
+    def is_too_large(self, name: str) -> bool:
+        """Whether an optional file is too large to be one of ours; it is then left out."""
+        size = self.siblings[name].size
+        return size is not None and size > MAX_JSON_BYTES
 
     def __call__(self, name: str, largest: int) -> Path:
         """The verified file `name`, of at most `largest` bytes, in the cache."""
@@ -128,12 +164,13 @@ class _Fetcher:
             raise HubError(f"{repository}: the Hub gives no checksum of {name}; it was not fetched")
         if expected.size is not None and expected.size > largest:
             raise CheckpointError(
-                f"{repository}: {name} has {expected.size:,} bytes, more than the {largest:,} that this model can have; "
+                f"{repository}: {name} has {expected.size:,} bytes, more than the {largest:,} that it can have; "
                 "it was not fetched"
             )
         for _ in range(2):
             file = retried(lambda: self._download(name))
             if expected.matches(file):
+                self.verified[name] = expected
                 return file
             discard(file)
         raise HubError(
@@ -147,45 +184,6 @@ class _Fetcher:
                 source.repository, name, revision=source.commit, token=access.token, cache_dir=access.cache_dir
             )
         )
-
-
-def _cached(repository: str, revision: str | None, access: Access) -> Snapshot | None:
-    """The last commit fetched for `revision`, where all its files are in the cache and are what they should be."""
-
-    def find(name: str, commit: str | None) -> Path | None:
-        found = hub().try_to_load_from_cache(repository, name, cache_dir=access.cache_dir, revision=commit)
-        return Path(found) if isinstance(found, str) else None
-
-    config = find(CONFIG_FILE, revision)
-    if config is None or not COMMIT.fullmatch(config.parent.name):
-        return None
-    source = Source(repository=repository, commit=config.parent.name)
-    for name in (*FILES, *_OPTIONAL):
-        file = find(name, source.commit)
-        if file is None:
-            if name in FILES:
-                return None
-            continue
-        expected = of_cached(file)
-        if expected is not None and not expected.matches(file):
-            discard(file)
-            return None
-    return Snapshot(folder=config.parent, source=source)
-
-
-def _remember(folder: Path, revision: str, commit: str) -> None:
-    """Note in the cache which commit `revision` was, once all of it is here; offline it is found by this."""
-    if COMMIT.fullmatch(revision):
-        return
-    note = folder.parent.parent / "refs" / revision
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f".{note.name}.{os.getpid()}")
-        partial.write_text(commit, encoding="utf-8")
-        partial.replace(note)
-    except OSError:
-        # A cache that may only be read serves all the same.
-        return
 
 
 def _no_checkpoint(fetch: _Fetcher, missing: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ whose answer was lost can be repeated.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from phantomgrad_hub.checkpoint import load_checkpoint, read_description
-from phantomgrad_hub.errors import CheckpointError, CheckpointNotFoundError, HubError
-from phantomgrad_hub.extras import require
-from phantomgrad_hub.facts import REPOSITORY
+from phantomgrad_hub.errors import CheckpointError, HubError
+from phantomgrad_hub.facts import COMMIT
 from phantomgrad_hub.files import CARD_FILE, FACTS_FILE, FILES, WEIGHTS_FILE
 
-from .card import is_rendered, render_card, without_source
+from .card import is_free, render_card, without_source
 from .checksums import Checksum, of_sibling
 from .client import errors, hub, retried, status
-from .explain import LOG_IN, explaining
+from .explain import LOG_IN, explaining, page
+from .pull import check_repository, check_revision
 
+_MAX_CARD_BYTES = 2**20
 _ROUNDS = 5
 """How often a push looks again because somebody else has pushed meanwhile."""
 
@@ -71,18 +74,21 @@ def plan(folder: Path, repository: str) -> Plan:
     A card of the template, or none, is rendered for `repository`; one that somebody wrote or edited is taken as it is.
     Raises `CheckpointError` where the checkpoint cannot be loaded.
     """
-    if not REPOSITORY.fullmatch(repository):
-        raise CheckpointNotFoundError(f"{repository!r:.100} is no repository of the Hub; they are called user/name")
+    check_repository(repository)
     description = read_description(folder)
     model = load_checkpoint(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files: dict[str, Path | bytes] = {name: folder / name for name in FILES}
-    if (folder / FACTS_FILE).is_file():
+    if (folder / FACTS_FILE).exists():
         files[FACTS_FILE] = folder / FACTS_FILE
-    written = _read_card(folder / CARD_FILE)
-    rendered = written is None or is_rendered(written)
-    text = render_card(description, repository, parameters) if written is None or rendered else without_source(written)
-    files[CARD_FILE] = text.encode()
+    written = _read_card(folder)
+    rendered = written is None or is_free(written)
+    card = (
+        render_card(description, repository, parameters).encode()
+        if written is None or rendered
+        else without_source(written)
+    )
+    files[CARD_FILE] = card
     return Plan(files=files, rendered=rendered)
 
 
@@ -102,9 +108,30 @@ def push(
     `revision` is a branch that is there. A card that somebody edited on the Hub stays, unless `overwrite_card`. Raises
     `CheckpointError` where the checkpoint cannot be loaded, `HubError` where the Hub cannot be reached or refuses.
     """
-    planned = plan(folder, repository)
+    check_repository(repository)
+    check_revision(revision)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise HubError(f"{revision} is a commit, and a push goes to a branch; leave out the revision, or name a branch")
+    if token == "":
+        raise ValueError("token is an empty text; leave it out")
+    # What is loaded is what is sent, whatever becomes of the folder meanwhile.
+    with tempfile.TemporaryDirectory(prefix="phantomgrad-push-") as scratch:
+        with explaining(repository, revision, token=token, writing=True):
+            planned = plan(_copy(folder, Path(scratch) / folder.resolve().name), repository)
+        return _push(planned, repository, private, revision, message, overwrite_card, token)
+
+
+def _push(
+    planned: Plan,
+    repository: str,
+    private: bool | None,
+    revision: str | None,
+    message: str | None,
+    overwrite_card: bool,
+    token: str | bool | None,
+) -> Pushed:
     api = hub().HfApi(token=token)
-    if (token is None and hub().get_token() is None) or token is False:
+    if token is False or (token is None and hub().get_token() is None):
         raise HubError(f"nobody is logged in, so nothing can be pushed to {repository}; {LOG_IN}")
     attempted: tuple[str, ...] = ()
 
@@ -127,9 +154,9 @@ def push(
                 parent_commit=info.sha,
             ).oid
         # Where the answer to an earlier try was lost, what it sent is there now.
-        return Pushed(url=_page(repository), commit=commit, sent=sent or attempted, kept_card=kept_card)
+        return Pushed(url=page(repository), commit=commit, sent=sent or attempted, kept_card=kept_card)
 
-    with explaining(repository, revision, writing=True):
+    with explaining(repository, revision, token=token, writing=True):
         for attempt in range(_ROUNDS):
             try:
                 return retried(once)
@@ -149,6 +176,10 @@ def _look(api: Any, repository: str, revision: str | None, private: bool | None)
     with suppress(errors().RepositoryNotFoundError):
         info = ask()
     # Not while the error is handled: what goes wrong from here on has nothing to do with it.
+    if info is None and revision not in (None, "main"):
+        raise HubError(
+            f"{repository} is not there, so it has no branch {revision}; push to it without --revision first"
+        )
     if info is None:
         # Also where it is there and this account may not see it: making it then fails for want of the right.
         api.create_repo(repository, private=private, exist_ok=True)
@@ -170,8 +201,9 @@ def _compare(
     if CARD_FILE not in different or CARD_FILE not in siblings or overwrite_card:
         return tuple(different), False
     # The commit that was looked at, whatever has happened since.
-    card = hub().hf_hub_download(repository, CARD_FILE, revision=info.sha, token=token)
-    kept = not is_rendered(Path(card).read_text(encoding="utf-8", errors="replace"))
+    with tempfile.TemporaryDirectory() as scratch:
+        card = hub().hf_hub_download(repository, CARD_FILE, revision=info.sha, token=token, cache_dir=scratch)
+        kept = not is_free(Path(card).read_bytes())
     return tuple(name for name in different if name != CARD_FILE or not kept), kept
 
 
@@ -185,19 +217,36 @@ def _content(content: Path | bytes) -> str | bytes:
     return content if isinstance(content, bytes) else str(content)
 
 
-def _read_card(file: Path) -> str | None:
-    if not file.is_file():
+def _copy(folder: Path, target: Path) -> Path:
+    """A copy of the checkpoint's files; raises as `read_description` does where one is missing."""
+    read_description(folder)
+    target.mkdir()
+    for name in (*FILES, FACTS_FILE):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    written = _read_card(folder)
+    if written is not None:
+        (target / CARD_FILE).write_bytes(written)
+    return target
+
+
+def _read_card(folder: Path) -> bytes | None:
+    """The card in `folder`; None where there is none. Raises `CheckpointError` for one that is not to be published."""
+    file = folder / CARD_FILE
+    if not file.exists():
         return None
+    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{file} is no file of this folder; put the card itself there, or remove it")
+    content = file.read_bytes()
+    if len(content) > _MAX_CARD_BYTES:
+        raise CheckpointError(f"{file} has {len(content):,} bytes, more than the {_MAX_CARD_BYTES:,} of a card")
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as text: {error}") from error
+        content.decode()
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
+    return content
 
 
 def _message(info: Any) -> str:
     known = {sibling.rfilename for sibling in info.siblings or ()}
     return "Update the checkpoint" if WEIGHTS_FILE in known else "Add the checkpoint"
-
-
-def _page(repository: str) -> str:
-    return f"{require('huggingface_hub.constants').ENDPOINT}/{repository}"
