@@ -40,10 +40,11 @@ def locate(path_or_repo: str | os.PathLike[str], revision: str | None = None, ac
         return Located(folder=locate_folder(path_or_repo))
     repository, at, named = name.partition("@")
     if not isinstance(path_or_repo, str) or not REPOSITORY.fullmatch(repository) or bool(at) != bool(named):
-        raise CheckpointNotFoundError(
-            f"there is no checkpoint folder {name}; a repository of the Hugging Face Hub is given as a str, user/name or "
-            "user/name@revision"
+        alike = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+        hint = (
+            "; a repository of the Hugging Face Hub is given as a str, user/name or user/name@revision" if alike else ""
         )
+        raise CheckpointNotFoundError(f"there is no checkpoint folder {name}{hint}")
     if named and revision not in (None, named):
         raise ValueError(f"{name} and revision={revision!r} name two revisions")
     snapshot = pull(repository, named or revision, access)

@@ -74,13 +74,13 @@ asked_hosts = open(sys.argv[2], "w")
 sys.addaudithook(note)
 seconds = float(sys.argv[3])
 if seconds:
-    from phantomgrad_hub import MDEQ
-    load = MDEQ.from_pretrained
-    def slowly(*arguments):
-        model = load(*arguments)
+    from phantomgrad_hub import checkpoint
+    load = checkpoint.load_checkpoint
+    def slowly(*arguments, **options):
+        model = load(*arguments, **options)
         model.block.post_fuse[0].register_forward_pre_hook(lambda *_: time.sleep(seconds))
         return model
-    MDEQ.from_pretrained = slowly
+    checkpoint.load_checkpoint = slowly
 from phantomgrad_hub.cli.main import main
 sys.exit(main(["demo", "--checkpoint", sys.argv[1], "--port", "0"]))
 """

@@ -125,7 +125,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         lambda folder: os.truncate(folder / "model.safetensors", 150_000),
         "damaged or no safetensors file",
     ),
-    "weights of 20 bytes": (lambda folder: os.truncate(folder / "model.safetensors", 20), "has 20 bytes, too few"),
+    "weights of 20 bytes": (lambda folder: os.truncate(folder / "model.safetensors", 20), "damaged or no safetensors file"),
     "header of 2**60 bytes": (
         lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + bytes(200_000)),
         "damaged or no safetensors file",

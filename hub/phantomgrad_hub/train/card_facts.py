@@ -33,7 +33,7 @@ def training_facts(
         split=split,
         command=_command(config, recipe, base, source.name if on_hub else "FOLDER"),
         machine=machine,
-        hours=round(hours, 3),
+        hours=float(f"{hours:.3g}"),
         details=f"{config.epochs} epochs of {len(source.train)} photos.",
         base=base,
         evaluation=evaluation,
