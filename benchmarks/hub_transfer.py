@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "hub_transfer.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = mdeq_imagenet_small()
+    # Of that size with so many classes.
+    model = MDEQ(replace(mdeq_imagenet_small().config, num_classes=2560))
     with tempfile.TemporaryDirectory() as scratch:
         steps = measure(model, Path(scratch))
         size = (Path(scratch) / "checkpoint" / "model.safetensors").stat().st_size
