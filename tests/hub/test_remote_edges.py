@@ -96,3 +96,24 @@ def test_the_token_that_was_used_is_the_one_spoken_of(ann: Worker, folder: Path,
     assert "if it is private, log in (" in ann("load", checkpoint=repository, token=False)["message"]
     assert "does not accept your token (401)" in ann("load", checkpoint=repository, token="hf_bad")["message"]
     assert "token is an empty text" in ann("load", checkpoint=repository, token="")["message"]
+
+
+def test_who_is_offline_is_told_soon(
+    ann: Worker, server: LocalHub, folder: Path, model: MDEQ, repository: str, tmp_path: Path
+) -> None:
+    ann("push", folder=str(folder), repository=repository)
+    cache = str(tmp_path / "cache")
+    commit = ann("load", checkpoint=repository, cache_dir=cache)["source"]["commit"]
+    home = tmp_path / "home"
+    home.mkdir()
+    # Nobody listens there.
+    offline = Worker({**server.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}, home)
+    try:
+        told = offline("load", checkpoint=repository, cache_dir=str(tmp_path / "other"))
+        assert told["message"].startswith(f"the Hugging Face Hub cannot be reached for {repository}: ")
+        assert told["waited"] < 3
+        found = offline("load", checkpoint=repository, cache_dir=cache)
+        assert (found["digest"], found["source"]["commit"]) == (digest(model), commit)
+        assert "the copy in the cache" in found["warnings"][0]
+    finally:
+        offline.close()

@@ -18,6 +18,8 @@ from phantomgrad_hub.extras import require
 T = TypeVar("T")
 
 TRIES = 5
+UNCONNECTED_TRIES = 2
+"""Where not even a connection comes about: whoever is offline should not wait to be told so."""
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
 """Seconds before the second try, which double from try to try, and the longest that is waited for one."""
@@ -95,6 +97,11 @@ def is_transient(error: BaseException) -> bool:
     return any(isinstance(entry, (transport_error(), JSONDecodeError)) or _ended_early(entry) for entry in chain(error))
 
 
+def _is_unconnected(error: BaseException) -> bool:
+    unconnected: Any = importlib.import_module(transport_error().__module__.split(".")[0])
+    return any(isinstance(entry, unconnected.ConnectError) for entry in chain(error))
+
+
 def _ended_early(error: BaseException) -> bool:
     """The client's own check of a body that is shorter than its header says is a bare OSError."""
     return type(error) is OSError and str(error).startswith("Consistency check")
@@ -111,7 +118,8 @@ def retried(call: Callable[[], T], *, tries: int | None = None) -> T:
             if (asked := seconds_to_wait(error)) is not None:
                 wait = asked
             out_of_time = time.monotonic() - begun + wait > PATIENCE
-            if attempt + 1 == (tries or TRIES) or out_of_time or not is_transient(error):
+            most = UNCONNECTED_TRIES if _is_unconnected(error) else TRIES
+            if attempt + 1 >= min(tries or TRIES, most) or out_of_time or not is_transient(error):
                 raise
             time.sleep(wait)
     raise AssertionError("unreachable")
