@@ -72,7 +72,7 @@ def test_a_finished_run_tells_its_card(data: Path, tmp_path: Path, capsys: pytes
     assert (facts["data"], facts["split"]) == ("insects", "validation")
     assert facts["hours"] > 0
     assert facts["machine"]
-    assert facts["details"] == "1 epochs of 18 photos."
+    assert facts["details"] == "1 epoch of 18 photos."
     # A card is public: it names no folder of the machine.
     assert str(tmp_path) not in json.dumps(facts)
     assert str(data.parent) not in json.dumps(facts)

@@ -18,6 +18,8 @@ from phantomgrad_hub.extras import require
 from phantomgrad_hub.facts import REPOSITORY, Facts, Source
 from phantomgrad_hub.labels import default_labels
 
+from .explain import page
+
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _PLACE = "\x00marker\x00"
 """Stands in the template where no text of a card can stand."""
@@ -72,7 +74,7 @@ def is_rendered(text: str) -> bool:
 
 def with_source(content: bytes, source: Source) -> bytes:
     """The card of a fetched copy: the same, byte by byte, and where it was fetched from at its end."""
-    link = f"{require('huggingface_hub.constants').ENDPOINT}/{source.repository}/tree/{source.commit}"
+    link = f"{page(source.repository)}/tree/{source.commit}"
     line = f"Fetched from [{source.repository}]({link}) at commit `{source.commit}`."
     return without_source(content) + f"\n\n<!-- phantomgrad: source -->\n{line}\n".encode()
 
@@ -147,5 +149,4 @@ def _base_link(base: str | None) -> str | None:
     if base is None or not REPOSITORY.fullmatch(base.partition("@")[0]):
         return None
     repository, _, commit = base.partition("@")
-    endpoint = require("huggingface_hub.constants").ENDPOINT
-    return f"{endpoint}/{repository}/tree/{commit}" if commit else f"{endpoint}/{repository}"
+    return f"{page(repository)}/tree/{commit}" if commit else page(repository)

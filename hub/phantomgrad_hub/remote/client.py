@@ -38,11 +38,15 @@ def errors() -> ModuleType:
     return require("huggingface_hub.errors")
 
 
-def transport_error() -> type[Exception]:
-    """What the client's HTTP library raises where no answer came: httpx, or its successor in newer clients."""
+def _http() -> Any:
+    """The client's HTTP library: httpx, or its successor in newer clients."""
     base = next(kind for kind in errors().HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-    library: Any = importlib.import_module(base.__module__.split(".")[0])
-    return library.TransportError
+    return importlib.import_module(base.__module__.split(".")[0])
+
+
+def transport_error() -> type[Exception]:
+    """What the client's HTTP library raises where no answer came."""
+    return _http().TransportError
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -98,8 +102,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_unconnected(error: BaseException) -> bool:
-    unconnected: Any = importlib.import_module(transport_error().__module__.split(".")[0])
-    return any(isinstance(entry, unconnected.ConnectError) for entry in chain(error))
+    return any(isinstance(entry, _http().ConnectError) for entry in chain(error))
 
 
 def _ended_early(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ def training_facts(
         command=_command(config, recipe, base, source.name if on_hub else "FOLDER"),
         machine=machine,
         hours=float(f"{hours:.3g}"),
-        details=f"{config.epochs} epochs of {len(source.train)} photos.",
+        details=f"{config.epochs} epoch{'' if config.epochs == 1 else 's'} of {len(source.train)} photos.",
         base=base,
         evaluation=evaluation,
     )
