@@ -73,10 +73,7 @@ def follow(model: MDEQ, solver: Solver, photos: Subset, classes: list[int], batc
     [attachment] = attachments(model.block)
     traced = replace(solver, max_steps=MOST_STEPS, rtol=FINEST, atol=0.0, trace="state", keep="best")
     right, residuals = [], []
-    for start in range(0, len(photos), batch):
-        indices = range(start, min(start + batch, len(photos)))
-        targets = torch.tensor([classes[photos.targets[index]] for index in indices])
-        images = torch.cat([model.preprocess(photos.image(index)) for index in indices])
+    for indices, targets, images in batches(model, photos, classes, batch):
         with torch.inference_mode(), attachment.using(solver=traced):
             model.equilibrium(model.inject(images))
         solution = attachment.solution
@@ -175,10 +172,7 @@ def follow_stages(
     [attachment] = attachments(model.block)
     brief = replace(solver, max_steps=max(firsts), rtol=0.0, atol=0.0, trace="state")
     further = replace(brief, max_steps=FURTHER)
-    for start in range(0, len(photos), batch):
-        indices = range(start, min(start + batch, len(photos)))
-        targets = torch.tensor([classes[photos.targets[index]] for index in indices])
-        images = torch.cat([model.preprocess(photos.image(index)) for index in indices])
+    for indices, targets, images in batches(model, photos, classes, batch):
         with torch.inference_mode():
             injection = model.inject(images)
             for first, state in dict(
@@ -195,6 +189,14 @@ def follow_stages(
         first: Stages(*(torch.cat([getattr(part, name) for part in parts]) for name in ("margin", "right", "later")))
         for first, parts in found.items()
     }
+
+
+def batches(model: MDEQ, photos: Subset, classes: list[int], size: int) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Positions, true classes and preprocessed images `(B, 3, H, W)` of `size` photos at a time."""
+    for start in range(0, len(photos), size):
+        indices = range(start, min(start + size, len(photos)))
+        targets = torch.tensor([classes[photos.targets[index]] for index in indices])
+        yield indices, targets, torch.cat([model.preprocess(photos.image(index)) for index in indices])
 
 
 def solved(
@@ -227,10 +229,7 @@ def classify_in_stages(
     [attachment] = attachments(model.block)
     first, second = (replace(solver, max_steps=chosen[name], rtol=0.0, atol=0.0) for name in ("first", "second"))
     steps, right = [], []
-    for start in range(0, len(photos), batch):
-        indices = range(start, min(start + batch, len(photos)))
-        targets = torch.tensor([classes[photos.targets[index]] for index in indices])
-        images = torch.cat([model.preprocess(photos.image(index)) for index in indices])
+    for indices, targets, images in batches(model, photos, classes, batch):
         with torch.inference_mode():
             injection = model.inject(images)
             with attachment.using(solver=first):
