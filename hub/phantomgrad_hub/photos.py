@@ -31,7 +31,8 @@ def read_photo(source: ImageSource) -> Image.Image:
     """The photo as an upright 8-bit RGB image.
 
     `source` is a path, the bytes of a file, an open binary file or a PIL image. EXIF orientation is applied,
-    transparency is laid on white, 16-bit values are scaled, and of an animation the first frame is taken.
+    transparency is laid on white, 16-bit values are scaled, and of an animation the first frame is taken. The result
+    holds pixels alone, no EXIF or other metadata: reading it again gives the same.
     Raises `ImageError`, one line, for anything that cannot be read.
     """
     require("PIL")
@@ -101,9 +102,11 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} holds floating-point values, whose range is unknown; save it with 8 or 16 bits")
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        photo = _to_rgb(_upright(image))
     except _DAMAGE as error:
         raise ImageError(f"{name} is damaged or truncated: {_first_line(error)}") from error
+    photo.info.clear()  # an orientation that is still there would be applied again
+    return photo
 
 
 def _upright(image: Image.Image) -> Image.Image:

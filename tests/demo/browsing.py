@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,3 +61,11 @@ def told(tab: Page) -> str:
 def says(tab: Page, text: str) -> None:
     """Wait for the sentence to contain a text."""
     expect(tab.locator("#pg-answer .pg-sentence")).to_contain_text(text, timeout=SLOW_MACHINE)
+
+
+def upload(tab: Page, path: Path) -> None:
+    """Clear the photo and choose a file in its place."""
+    clear = tab.locator("#pg-photo").get_by_role("button", name="Remove Image")
+    if clear.count():
+        clear.first.click()
+    tab.locator("#pg-photo input[type=file]").first.set_input_files(str(path))

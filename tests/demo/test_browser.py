@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="needs the extra `dev`")
 
-from browsing import NARROW, SLOW_MACHINE, WIDE, opened, says, told
+from browsing import NARROW, SLOW_MACHINE, WIDE, opened, says, told, upload
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -254,7 +254,7 @@ def test_each_tab_opens_with_its_takeaway(visit: Page, tab: str, place: str, tak
 def test_a_text_file_named_jpg_gets_a_message(visit: Page, tmp_path: Path) -> None:
     path = tmp_path / "holiday.jpg"
     path.write_text("just some text")
-    _upload(visit, path)
+    upload(visit, path)
     says(visit, "not a photo in a known format")
     assert str(tmp_path) not in visit.content()
     assert visit.locator("#pg-photo img").count() == 0
@@ -279,16 +279,8 @@ def test_without_a_photo_there_is_no_answer(visit: Page) -> None:
 def test_an_uploaded_photo_is_answered(visit: Page, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.effect_noise((300, 200), 80).save(path)
-    _upload(visit, path)
+    upload(visit, path)
     says(visit, "after")
     expect(visit.locator("#pg-credit")).to_be_empty()
     # A photo of a visitor's own is in no link.
     expect(visit.get_by_role("button", name="Copy a link to this")).to_be_hidden()
-
-
-def _upload(tab: Page, path: Path) -> None:
-    """Clear the photo and choose a file in its place."""
-    clear = tab.locator("#pg-photo").get_by_role("button", name="Remove Image")
-    if clear.count():
-        clear.first.click()
-    tab.locator("#pg-photo input[type=file]").first.set_input_files(str(path))

@@ -94,6 +94,17 @@ def test_exif_orientation(orientation: int) -> None:
     data = encoded(picture(), "JPEG", quality=95, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert read_photo(data).tobytes() == expected.convert("RGB").tobytes()
+    # What was turned once is not turned again.
+    assert read_photo(read_photo(data)).tobytes() == expected.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_photo_brings_no_metadata(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    found = read_photo(encoded(picture(), kind, exif=exif))
+    assert found.info == {}
+    assert dict(found.getexif()) == {}
 
 
 def test_unreadable_exif_counts_as_none() -> None:
