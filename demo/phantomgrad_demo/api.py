@@ -16,7 +16,7 @@ from gradio.events import api as add_endpoint
 from phantomgrad import PhantomGradError
 
 from .card import Facts
-from .guard import GuardedImage, Refused, refusal
+from .guard import GuardedImage, GuardedRadio, Refused, refusal
 from .handlers import Handlers, Photo
 from .nearby import CHANGES, Change, solve_nearby
 from .saliency import MOST_PHANTOM_STEPS, saliencies
@@ -105,13 +105,13 @@ def add_endpoints(api: Api, events: dict[str, Any]) -> None:
     own = api.page.settings
     # Not the page's own: that has a photo from the start, which would be a program's default.
     photo = GuardedImage(type="pil", label="photo", visible=False)
-    solver = gr.Radio(list(SOLVERS), value=own.solver, label="solver", visible=False)
+    solver = GuardedRadio(list(SOLVERS), value=own.solver, label="solver", visible=False)
     most = gr.Number(own.max_steps, label="max_steps", visible=False)
     tolerance = gr.Number(own.tolerance, label="tolerance", visible=False)
     damping = gr.Number(own.damping, label="damping", visible=False)
     steps = gr.Number(5, label="steps", visible=False)
     phantom_damping = gr.Number(0.7, label="damping", visible=False)
-    change = gr.Radio(list(CHANGES), value=CHANGES[0], label="change", visible=False)
+    change = GuardedRadio(list(CHANGES), value=CHANGES[0], label="change", visible=False)
     percent = gr.Number(5, label="percent", visible=False)
     endpoints: list[tuple[Any, str, list[Any]]] = [
         (api.classify, "classify", [photo]),
@@ -153,4 +153,4 @@ def _damping(value: Any) -> float:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())

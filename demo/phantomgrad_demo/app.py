@@ -16,7 +16,7 @@ from gradio import themes
 from phantomgrad_hub.checkpoint import load_checkpoint
 from phantomgrad_hub.download import locate
 
-from . import markup, panels, photos
+from . import markup, photos
 from .api import Api, add_endpoints
 from .card import model_line, read_facts
 from .guard import GuardedImage, refusal
@@ -44,6 +44,8 @@ _AT_ONCE = 2
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": _AT_ONCE, "show_progress": "hidden"}
 # By default Gradio drops an event while the previous one runs; here the last one counts.
 _PRIVATE: dict[str, Any] = {**_MODEL, "api_visibility": "private", "trigger_mode": "always_last"}
+_UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of events that take no time, whoever else is waiting."""
 _CACHE_SECONDS = (600, 3600)
 """How often uploaded files are looked through, and how old they get."""
 
@@ -100,13 +102,14 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
                     alt_text="The photo being classified",
                     placeholder="Drop, paste or choose a photo",
                 )
-                picker = html_block(
-                    markup.example_buttons(handlers.examples),
-                    js_on_load=markup.PICK_EXAMPLE,
+                # Its value says where the photo is from; events read it as it is then, unlike the data of a click.
+                source = html_block(
+                    f"{first or 'none'}#0",
+                    html_template=markup.photo_buttons(handlers.examples),
+                    js_on_load=markup.PICK_PHOTO,
                     elem_id="pg-examples",
                 )
                 credit = html_block(handlers.credit(first) if first else "", elem_id="pg-credit")
-                example = gr.Textbox(first, visible=False)
             with gr.Column(scale=3, min_width=320):
                 answer = gr.HTML(
                     first_view,
@@ -120,56 +123,39 @@ def build_app(checkpoint: str | os.PathLike[str]) -> gr.Blocks:
             with gr.Tab("Watch", render_children=True):
                 controls = watch_tab(handlers)
             with gr.Tab("Compare") as compare:
-                compared = compare_tab(compare, tabs, photo, controls, _PRIVATE)
+                compare_tab(compare, tabs, (photo, source), controls, _PRIVATE)
             with gr.Tab("Gradient") as gradient:
-                seen = gradient_tab(gradient, tabs, photo, _PRIVATE)
+                gradient_tab(gradient, tabs, (photo, source), _PRIVATE)
             with gr.Tab("Nearby") as nearby:
-                started = nearby_tab(nearby, tabs, photo, controls, _PRIVATE)
+                nearby_tab(nearby, tabs, (photo, source), controls, _PRIVATE)
             with gr.Tab("Python", render_children=True):
                 html_block(markup.PYTHON, js_on_load=markup.TAB_READY)
         html_block(markup.model_note(model_line(model, facts)))
         html_block(markup.class_list(model.labels), elem_id="pg-classes")
-        _connect(handlers, photo, picker, credit, example, answer, controls)
-        # A result belongs to its photo: another photo leaves the hints.
-        photo.change(
-            lambda: tuple(part for text in panels.HINTS for part in panels.hint(text)),
-            None,
-            [*compared, *seen, *started],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        _connect(handlers, photo, source, credit, answer, controls)
     page.queue(max_size=_QUEUE_SIZE, default_concurrency_limit=1)
     return page
 
 
 def _connect(
-    handlers: Handlers,
-    photo: GuardedImage,
-    picker: gr.HTML,
-    credit: gr.HTML,
-    example: gr.Textbox,
-    answer: gr.HTML,
-    controls: Controls,
+    handlers: Handlers, photo: GuardedImage, source: gr.HTML, credit: gr.HTML, answer: gr.HTML, controls: Controls
 ) -> None:
     """What happens when a visitor sends, picks or sets something."""
     solver, steps, tolerance, damping = controls
-    corrected = [steps, damping]
-    shown = [photo, answer, credit, example]
-    nothing = [answer, credit, example]
-    uploaded = photo.input(handlers.show_upload, [photo, *controls], [*shown, *corrected], **_PRIVATE)
-    uploaded.failure(handlers.show_nothing, None, nothing, **_PRIVATE)
-    photo.clear(handlers.show_nothing, None, nothing, **_PRIVATE)
-    picked = picker.click(handlers.show_example, [*controls], [*shown, *corrected], **_PRIVATE)
-    restored = answer.submit(handlers.restore, None, [*shown, *controls], **_PRIVATE)
-    changed = gr.on(
-        [solver.input, steps.input, tolerance.input, damping.input],
-        handlers.show_settings,
-        [photo, example, *controls],
-        [answer, *corrected],
+    shown = gr.on(
+        [source.change, solver.input, steps.input, tolerance.input, damping.input],
+        handlers.show,
+        [photo, source, *controls],
+        [photo, answer, credit, source, steps, damping],
         **_PRIVATE,
     )
-    answer.stop(None, cancels=[uploaded, picked, restored, changed], api_visibility="private")
+    # In the browser alone: the server may be what failed.
+    shown.failure(None, None, answer, js=markup.NO_ANSWER, api_visibility="private")
+    photo.upload(None, None, source, js=markup.OWN_PHOTO, api_visibility="private")
+    photo.change(None, [photo, source], source, js=markup.PHOTO_GONE, api_visibility="private")
+    answer.submit(handlers.restore, None, [source, *controls], show_progress="hidden", api_visibility="private")
+    answer.stop(handlers.stop, None, None, **_UNQUEUED)
+    answer.retry(handlers.drop, None, None, **_UNQUEUED)
 
 
 def launch(checkpoint: str | os.PathLike[str], host: str = "127.0.0.1", port: int | None = None) -> None:
@@ -184,6 +170,8 @@ def launch(checkpoint: str | os.PathLike[str], host: str = "127.0.0.1", port: in
     # A folder of its own: what visitors send goes when the server does.
     with tempfile.TemporaryDirectory(prefix="phantomgrad-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
+        # Where matplotlib is installed, Gradio asks it for its backend in the first event; to find one takes .4 s.
+        os.environ.setdefault("MPLBACKEND", "agg")
         page = build_app(checkpoint)
         page.launch(server_name=host, server_port=claimed, prevent_thread_lock=True, quiet=True)
         print(f"The demo is at {page.local_url} (Ctrl-C stops it)", flush=True)

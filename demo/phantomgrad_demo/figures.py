@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .plot import Line, Plot
 from .trajectory import Trajectory
-from .wording import percent, scientific, step_count
+from .wording import chosen, percent, scientific, step_count
 
 LEADING = 4
 """How many classes are followed from step to step."""
@@ -34,7 +34,7 @@ def residual_curves(trajectory: Trajectory) -> str:
     ]
     tolerance = trajectory.settings.tolerance
     settled = {"settled": "settled", None: "still running"}.get(
-        trajectory.reason, f"stopped before its tolerance of {scientific(tolerance)}"
+        trajectory.reason, f"stopped before its tolerance of {chosen(tolerance)}"
     )
     return Plot(
         name="residual",
@@ -46,7 +46,7 @@ def residual_curves(trajectory: Trajectory) -> str:
         lines=[whole, *parts],
         scale="log",
         last=_last_step(trajectory),
-        level=(tolerance, f"tolerance {scientific(tolerance)}"),
+        level=(tolerance, f"tolerance {chosen(tolerance)}"),
     ).render()
 
 
@@ -97,7 +97,7 @@ def residuals_together(name: str, title: str, trajectories: Mapping[str, Traject
         lines=lines,
         scale="log",
         last=max(line.steps[-1] for line in lines),
-        level=(tolerance, f"tolerance {scientific(tolerance)}"),
+        level=(tolerance, f"tolerance {chosen(tolerance)}"),
     ).render()
 
 
@@ -112,7 +112,7 @@ def accuracy_curve(accuracy: Mapping[int, float], marks: Sequence[tuple[int, str
         ),
         lines=[Line(label="accuracy", steps=steps, values=values)],
         scale="share",
-        last=max(steps[-1], *(step for step, _ in marks)),
+        last=max([steps[-1], *(step for step, _ in marks)]),
         marks=marks,
     ).render()
 

@@ -1,4 +1,4 @@
-"""What a visitor may send: an uploaded photo, read safely or refused in words, and a number of solver steps."""
+"""What a visitor may send: an uploaded photo, read safely or refused in words, numbers and choices."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from PIL import Image
 from phantomgrad_hub.errors import ImageError
 from phantomgrad_hub.photos import read_photo
 
+UNSEEN = "unseen"
+"""In a photo's `info`: whether browsers cannot show the file that it came from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
@@ -25,10 +28,13 @@ class Refused:
 
 
 class _WithoutStub(type(gr.Image)):
-    """A component class whose definition writes no `.pyi` file beside its module, as Gradio's own metaclass does."""
+    """A component class whose definition writes no `.pyi` file beside its module, as Gradio's own metaclass does.
+
+    Its name is that of Gradio's component, because the API's page shows it.
+    """
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
-        return ABCMeta.__new__(cls, name, bases, attributes)
+        return ABCMeta.__new__(cls, name.removeprefix("Guarded"), bases, attributes)
 
 
 class GuardedImage(gr.Image, metaclass=_WithoutStub):
@@ -52,11 +58,13 @@ class GuardedImage(gr.Image, metaclass=_WithoutStub):
             return Refused(reason=_sentence("the image must be an uploaded file"))
         try:
             with Path(payload.path).open("rb") as file:
-                return read_photo(file)
+                photo = read_photo(file)
         except ImageError as error:
             return Refused(reason=_sentence(str(error)))
         except OSError:
             return Refused(reason=_sentence("the uploaded image is gone; send it again"))
+        photo.info[UNSEEN] = Path(payload.path).suffix.lower() in (".ppm", ".pgm", ".tif", ".tiff")
+        return photo
 
     def example_payload(self) -> dict[str, Any]:
         """What the API's page gives as an example: not the address of a photo elsewhere, as Gradio's own does."""
@@ -90,10 +98,22 @@ class GuardedSlider(gr.Slider, metaclass=_WithoutStub):
         return payload
 
 
+class GuardedRadio(gr.Radio, metaclass=_WithoutStub):
+    """A choice that gives its event whatever text was sent: whoever reads it refuses in its own words."""
+
+    def get_block_name(self) -> str:
+        """The front end's component."""
+        return "radio"
+
+    def preprocess(self, payload: Any) -> Any:
+        """What was sent."""
+        return payload
+
+
 def refusal(reason: str) -> gr.Error:
     """The message on the page that says why something was not done; the server's log stays clean."""
-    # Gradio shows it as HTML, and some of Pillow's messages quote the file's bytes.
-    return gr.Error(html.escape(_sentence(reason)), print_exception=False)
+    # Gradio shows it as HTML, and some of Pillow's messages quote the file's bytes. Programs get it too.
+    return gr.Error(html.escape(_sentence(reason), quote=False), print_exception=False)
 
 
 def _sentence(reason: str) -> str:

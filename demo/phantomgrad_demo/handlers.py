@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,15 +17,18 @@ from phantomgrad_hub import MDEQ
 from phantomgrad_hub.photos import read_photo
 
 from . import markup
-from .guard import Refused, refusal
+from .guard import UNSEEN, Refused, refusal
 from .photos import ExamplePhoto
-from .settings import MOST_STEPS, Settings, SettingsError, SolverName, tolerances_for
+from .runs import Runs
+from .settings import MOST_STEPS, SOLVERS, Settings, SettingsError, SolverName, tolerances_for
 from .trajectory import Settling
 from .view import message, view
 
 Photo = Image | Refused | None
 View = dict[str, Any]
 SMALLEST_DAMPING = 0.1
+REFUSED = "refused"
+"""The source of a photo that was refused; the answer's place says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Handlers:
     examples: tuple[ExamplePhoto, ...]
     checkpoint: str
     """What `MDEQ.from_pretrained` takes, for the Python that the page shows."""
+    runs: Runs = field(default_factory=Runs)
 
     @cached_property
     def settings(self) -> Settings:
@@ -42,7 +47,7 @@ class Handlers:
         return Settings.of_model(self.model)
 
     def solve(self, photo: Photo, example: str, settings: Settings) -> Iterator[View]:
-        """What the page shows, again and again while the solver runs."""
+        """What the page shows, again and again while the solver runs; nothing more once the run is dropped."""
         if photo is None:
             yield message(markup.NO_PHOTO)
             return
@@ -50,64 +55,70 @@ class Handlers:
             yield message(f"{photo.reason} Choose another photo.")
             return
         try:
-            with Settling(self.model, photo, settings) as settling:
+            with Settling(self.model, photo, settings) as settling, self.runs.named(settling) as run:
                 for _ in settling.batches():
-                    if settling.trajectory.reason is None:
-                        yield self._view(settling, example)
-            yield self._view(settling, example)
+                    if settling.trajectory.reason is None and run in self.runs:
+                        yield self._view(settling, example, run)
+                dropped = run not in self.runs
+            if not dropped:
+                yield self._view(settling, example, run)
         except PhantomGradError as error:
             yield message(f"This photo could not be classified: {error}.")
 
-    def show_settings(
-        self, photo: Photo, example: str, solver: str, steps: float | None, tolerance: float, damping: float | None
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        """The answer, and what both sliders are to show, after a setting was changed."""
-        if photo is None or steps is None or damping is None:
-            # Without a photo the page goes on saying why; an empty field is one that is being typed into.
-            yield gr.skip(), gr.skip(), gr.skip()
+    def show(
+        self,
+        photo: Photo,
+        source: object,
+        solver: str,
+        steps: float | None,
+        tolerance: float,
+        damping: float | None,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Photo, answer, credit, source, and the sliders of steps and damping, whatever it was that changed.
+
+        One event for all of it, which looks at the page as it is: the last of several quick changes counts, and no
+        two solves write into the same places.
+        """
+        if _kind(source) == REFUSED:  # the reason stays
+            yield (gr.skip(),) * 6
             return
-        settings, *shown = self.checked(solver, steps, tolerance, damping)
-        for each in self.solve(photo, self.known(example), settings):
-            yield each, *shown
+        key = self.known(_kind(source))
+        shown = self.given(photo, source)
+        new_photo: Any = gr.skip()
+        if isinstance(shown, Image) and (not _same(shown, photo) or shown.info.get(UNSEEN)):
+            new_photo = _reduced(shown)
+        elif isinstance(shown, Refused):
+            new_photo = None
+        new_source = f"{REFUSED}#{time.monotonic_ns()}" if isinstance(shown, Refused) else gr.skip()
+        credit = self.credit(key) if key else ""
+        settings, *corrected = self.checked(solver, steps, tolerance, damping)
+        for each in self.solve(shown, key, settings):
+            yield new_photo, each, credit, new_source, *corrected
+            new_photo = credit = gr.skip()
 
-    def show_upload(
-        self, photo: Photo, solver: str, steps: float | None, tolerance: float, damping: float | None
-    ) -> Iterator[tuple[Any, ...]]:
-        """Photo, answer, credit, example, and both sliders; what is no photo leaves the page, with its reason."""
-        settings, *shown = self.checked(solver, steps, tolerance, damping)
-        for each in self.solve(photo, "", settings):
-            yield None if isinstance(photo, Refused) else gr.skip(), each, "", "", *shown
-
-    def show_example(
-        self, solver: str, steps: float | None, tolerance: float, damping: float | None, event: gr.EventData
-    ) -> Iterator[tuple[Any, ...]]:
-        """Photo, answer, credit, example, and both sliders, after the button of an example was pressed."""
-        # The name comes from the browser.
+    def restore(self, event: gr.EventData) -> tuple[Any, ...]:
+        """Source, solver, steps, tolerance and damping of an address's parameters."""
         key = self.known(getattr(event, "example", None))
         if not key:
-            raise refusal("there is no such example")
-        photo = self.open_example(key)
-        settings, *shown = self.checked(solver, steps, tolerance, damping)
-        for number, each in enumerate(self.solve(photo, key, settings)):
-            first = number == 0
-            yield photo if first else gr.skip(), each, self.credit(key) if first else gr.skip(), key, *shown
+            gr.Warning("The example of this link does not exist; the page shows another.")
+            return (gr.skip(),) * 5
+        own = self.settings
+        solver = getattr(event, "solver", own.solver)
+        steps = _number(getattr(event, "steps", None), own.max_steps)
+        tolerance = _number(getattr(event, "tolerance", None), own.tolerance)
+        damping = _number(getattr(event, "damping", None), own.damping)
+        nearest = min(tolerances_for(own), key=lambda each: abs(math.log(each) - math.log(max(tolerance, 1e-30))))
+        linked = self.checked(solver if solver in tuple(SOLVERS) else own.solver, steps, nearest, damping)[0]
+        source = f"{key}#{time.monotonic_ns()}"
+        return source, linked.solver, linked.max_steps, linked.tolerance, linked.damping
 
-    def restore(self, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
-        """Photo, answer, credit, example, solver, steps, tolerance and damping of an address's parameters."""
-        key = self.known(getattr(event, "example", None))
-        if not key:
-            raise refusal("the example of this link does not exist; the page shows another")
-        settings = self._linked(event)
-        photo = self.open_example(key)
-        controls = (settings.solver, settings.max_steps, settings.tolerance, settings.damping)
-        for number, each in enumerate(self.solve(photo, key, settings)):
-            first = number == 0
-            rest = (photo, self.credit(key), key, *controls) if first else (gr.skip(),) * 7
-            yield rest[0], each, *rest[1:]
+    def stop(self, event: gr.EventData) -> None:
+        """End the visitor's own run; its last steps are shown."""
+        self.runs.stop(getattr(event, "run", None))
 
-    def show_nothing(self) -> tuple[View, str, str]:
-        """No answer, credit or example: there is no photo."""
-        return message(markup.NO_PHOTO), "", ""
+    def drop(self, event: gr.EventData) -> None:
+        """End the visitor's own run, which another follows."""
+        self.runs.drop(getattr(event, "run", None))
 
     def checked(
         self, solver: str, steps: float | None, tolerance: float, damping: float | None
@@ -120,7 +131,13 @@ class Handlers:
             settings = Settings(solver=cast(SolverName, solver), max_steps=taken, tolerance=tolerance, damping=damped)
         except SettingsError as error:
             raise refusal(str(error)) from error
-        return settings, gr.skip() if taken == steps else taken, gr.skip() if damped == damping else damped
+        # An empty field is one that is being typed into.
+        return settings, _corrected(steps, taken), _corrected(damping, damped)
+
+    def given(self, photo: Photo, source: object) -> Photo:
+        """The example that the source names, which the page may not show yet, or else its photo."""
+        key = self.known(_kind(source))
+        return self.open_example(key) if key else photo
 
     def known(self, key: object) -> str:
         """The name of an example that there is; empty for anything else."""
@@ -134,26 +151,36 @@ class Handlers:
         return read_photo(path)
 
     def credit(self, key: str) -> str:
-        """Whom to thank for an example."""
-        return markup.credit(next(each for each in self.examples if each.key == key))
+        """What is right for an example, and whom to thank for it."""
+        return markup.credit(next(each for each in self.examples if each.key == key), self.model.labels)
 
-    def _view(self, settling: Settling, example: str) -> View:
-        return view(settling.trajectory, self.model.labels, example=example, checkpoint=self.checkpoint)
+    def _view(self, settling: Settling, example: str, run: str) -> View:
+        return view(settling.trajectory, self.model.labels, example=example, checkpoint=self.checkpoint, run=run)
 
-    def _linked(self, event: gr.EventData) -> Settings:
-        """The settings in an address; what it lacks or what cannot be read is the checkpoint's own."""
-        own = self.settings
-        solver = getattr(event, "solver", own.solver)
-        steps = _number(getattr(event, "steps", None), own.max_steps)
-        tolerance = _number(getattr(event, "tolerance", None), own.tolerance)
-        damping = _number(getattr(event, "damping", None), own.damping)
-        nearest = min(tolerances_for(own), key=lambda each: abs(math.log(each) - math.log(max(tolerance, 1e-30))))
-        return self.checked(solver, steps, nearest, damping)[0]
+
+def _kind(source: object) -> str:
+    """What a source, `coffee#17`, names: an example, or one of the page's words for other photos."""
+    return source.partition("#")[0] if isinstance(source, str) else ""
+
+
+def _corrected(asked: float | None, taken: float) -> Any:
+    return gr.skip() if asked is None or asked == taken else taken
+
+
+def _same(photo: Image, other: Photo) -> bool:
+    return isinstance(other, Image) and photo.size == other.size and photo.tobytes() == other.tobytes()
+
+
+def _reduced(photo: Image) -> Image:
+    """A copy for the page alone, of at most 1024 pixels a side."""
+    copy = photo.copy()
+    copy.thumbnail((1024, 1024))
+    return copy
 
 
 def _number(text: object, otherwise: float) -> float:
     try:
         value = float(text)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return otherwise
     return value if math.isfinite(value) else otherwise

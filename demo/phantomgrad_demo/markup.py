@@ -14,7 +14,7 @@ from .plot import save_button
 
 HEADER = """<header class="pg-header"><h1>Watch a network find its equilibrium</h1>
 <p>This classifier applies one block to its own output, step after step, until the output no longer changes: that
-equilibrium is its answer. Play the steps, and turn how long it may think.</p></header>"""
+equilibrium is its answer. Play the steps, and choose how many it may take.</p></header>"""
 
 NO_PHOTO = "Choose, drop or paste a photo to see what it is."
 
@@ -29,7 +29,7 @@ ANSWER = """<p class="pg-sentence" role="status" aria-live="polite"></p>
 </div>"""
 """What `settle.js` fills."""
 
-TAKEAWAY = '<p class="pg-takeaway" data-text="takeaway"></p>'
+TAKEAWAY = '<p class="pg-takeaway" data-text="takeaway" data-needs-answer></p>'
 
 CURVES = """<div class="pg-figures" data-needs-answer>
 <div data-figure="residual"></div><div data-figure="probability"></div></div>"""
@@ -41,27 +41,50 @@ SHARE = """<p class="pg-share" data-needs-answer>
 <button type="button" class="pg-button" data-copy="python">Copy the Python</button></p>"""
 
 PYTHON = """<p class="pg-takeaway">The same in Python: a checkpoint, another solver for one call, and how its solve went.</p>
-<pre class="pg-code" tabindex="0" role="region" aria-label="Python code"><code data-text="python"></code></pre>
+<pre class="pg-code" data-needs-answer tabindex="0" role="region" aria-label="Python code"><code data-text="python"></code></pre>
 <p data-needs-answer><button type="button" class="pg-button" data-copy="python">Copy the Python</button></p>"""
 
-PICK_EXAMPLE = """
+PICK_PHOTO = """
+const tell = () => {
+  document.documentElement.dataset.source = props.value;
+  document.dispatchEvent(new CustomEvent('pg-source'));
+};
+watch('value', tell);
+tell();
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-example]');
-  if (button) trigger('click', { example: button.dataset.example });
+  const example = event.target.closest('button[data-example]');
+  if (example) {
+    document.dispatchEvent(new CustomEvent('pg-turn'));
+    props.value = `${example.dataset.example}#${performance.now()}`;
+    tell();
+  }
+  if (event.target.closest('button[data-own]')) document.querySelector('#pg-photo input[type=file]').click();
 });
 """
+OWN_PHOTO = "() => { document.dispatchEvent(new CustomEvent('pg-turn')); return `own#${performance.now()}`; }"
+PHOTO_GONE = """(photo, source) => {
+  if (photo || /^(none|refused)#/.test(source)) return; // and leave the source as it is
+  document.dispatchEvent(new CustomEvent('pg-turn'));
+  return `none#${performance.now()}`;
+}"""
+NO_ANSWER = """() => ({
+  running: false,
+  rows: [],
+  message: 'There is no answer: the server is busy or cannot be reached. Choose the photo again, or change a setting.',
+})"""
 
 _THUMBNAIL = 96
 
 
-def example_buttons(examples: Sequence[ExamplePhoto]) -> str:
-    """A row of buttons, one for each example photo."""
+def photo_buttons(examples: Sequence[ExamplePhoto]) -> str:
+    """A row of buttons, one for each example photo and one for the visitor's own."""
     buttons = "".join(
         f'<button type="button" data-example="{escape(example.key)}" title="{escape(example.title)}">'
         f'<img src="{_thumbnail(example)}" alt="Example: {escape(example.title)}" width="64" height="64"></button>'
         for example in examples
     )
-    return f'<div class="pg-examples" role="group" aria-label="Example photos">{buttons}</div>' if examples else ""
+    own = '<button type="button" class="pg-own" data-own="">Your photo</button>'
+    return f'<div class="pg-examples" role="group" aria-label="Example photos, and your own">{buttons}{own}</div>'
 
 
 def maps(branches: int) -> str:
@@ -83,13 +106,15 @@ def maps(branches: int) -> str:
     )
 
 
-def credit(example: ExamplePhoto) -> str:
-    """Title, author, licence and source of an example photo."""
+def credit(example: ExamplePhoto, labels: Sequence[str]) -> str:
+    """Title of an example photo, which of the model's classes are right for it, author, licence and source."""
+    right = [label for label in labels if label.casefold() in example.fits]
+    fits = f"right is {' or '.join(right)}" if right else f"none of the {len(labels)} classes is right"
     licence = escape(example.licence)
     if example.licence_url is not None:
         licence = f'<a href="{escape(example.licence_url)}" target="_blank" rel="noopener noreferrer">{licence}</a>'
     return (
-        f'<p class="pg-credit">{escape(example.title)}. Photo: {escape(example.author)}, {licence}, '
+        f'<p class="pg-credit">{escape(example.title)}: {escape(fits)}. Photo: {escape(example.author)}, {licence}, '
         f"from {escape(example.distribution)}.</p>"
     )
 

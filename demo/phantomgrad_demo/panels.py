@@ -19,15 +19,17 @@ from .nearby import Nearby
 from .saliency import EXACT, Saliencies, Saliency
 from .settings import Settings
 from .trajectory import Trajectory
-from .wording import best, end_sentence, milliseconds, percent, scientific, step_count
+from .wording import best, chosen, end_sentence, milliseconds, percent, scientific, step_count
 
-COMPARE_HINT = "How much thinking is enough? The same photo with two settings, side by side."
+COMPARE_HINT = (
+    "How many steps are enough? The same photo with two settings, side by side; the tolerance of both, and A's damping, "
+    "are those of the first tab."
+)
 GRADIENT_HINT = (
     "A phantom gradient shows almost the same map as the exact gradient, for a few products with the block's Jacobian "
     "instead of a second solve."
 )
 NEARBY_HINT = "A good start saves steps: where a photo changed a little, its old equilibrium is nearly the new one."
-HINTS = (COMPARE_HINT, GRADIENT_HINT, NEARBY_HINT)
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Those of the feature maps in `settle.js`."""
 
@@ -44,8 +46,23 @@ def hint(text: str) -> Panel:
     return Panel(takeaway=f'<p class="pg-takeaway" role="status">{escape(text)}</p>')
 
 
-def compared(first: Trajectory, second: Trajectory, labels: Sequence[str], accuracy: Mapping[int, float]) -> Panel:
-    """Two solves of one photo: answers, times, residuals, and where both stand on the checkpoint's accuracy curve."""
+def belonging(panel: Panel, source: str, otherwise: str) -> Panel:
+    """A panel that the page shows while the photo is from `source`; beside another photo it is a hint, `otherwise`."""
+    own = f'<div data-source="{escape(source)}">'
+    instead = f'<div class="pg-otherwise">{hint(otherwise).takeaway}</div>'
+    return Panel(takeaway=f"{own}{panel.takeaway}</div>{instead}", result=f"{own}{panel.result}</div>")
+
+
+WORKING = hint("Computing ...")
+
+
+def compared(
+    first: Trajectory, second: Trajectory, labels: Sequence[str], accuracy: Mapping[int, float], own: Settings
+) -> Panel:
+    """Two solves of one photo: answers, times, residuals, and where they stand on the checkpoint's accuracy curve.
+
+    The curve is that of the checkpoint's `own` solver; a solve by another one has no place on it.
+    """
     names = {"A": first, "B": second}
     cards = "".join(
         f'<section class="pg-card" aria-label="Setting {name}"><h3>{name}: {escape(described(each.settings))}</h3>'
@@ -55,19 +72,24 @@ def compared(first: Trajectory, second: Trajectory, labels: Sequence[str], accur
     )
     figures = residuals_together("compared", "Residual of both settings", names)
     if accuracy:
-        marks = [(len(each.steps), name) for name, each in names.items()]
+        marks = [(len(each.steps), name) for name, each in names.items() if _same_solver(each.settings, own)]
         figures += accuracy_curve(accuracy, marks)
     return hint(_compared_takeaway(first, second, labels))._replace(
         result=f'<div class="pg-figures">{cards}</div><div class="pg-figures">{figures}</div>'
     )
 
 
+def _same_solver(settings: Settings, own: Settings) -> bool:
+    damped = settings.solver == "fixed point"
+    return settings.solver == own.solver and (not damped or settings.damping == own.damping)
+
+
 def described(settings: Settings) -> str:
-    """`Anderson, at most 12 steps, tolerance 1.0e-3`."""
+    """`Anderson, at most 12 steps, tolerance 1e-3`."""
     name: str = settings.solver
-    if settings.solver == "fixed point":
-        name = "plain iteration" if settings.damping == 1.0 else f"iteration damped by {settings.damping:g}"
-    return f"{name}, at most {step_count(settings.max_steps)}, tolerance {scientific(settings.tolerance)}"
+    if settings.solver == "fixed point" and settings.damping != 1.0:
+        name = f"fixed point, damping {settings.damping:g}"
+    return f"{name}, at most {step_count(settings.max_steps)}, tolerance {chosen(settings.tolerance)}"
 
 
 def saliency_maps(found: Saliencies, seen: Image.Image) -> Panel:

@@ -24,6 +24,8 @@ class ExamplePhoto:
     """The name the package is known by."""
     file: str
     """Its path inside the package."""
+    fits: tuple[str, ...] = ()
+    """Names of ImageNet classes that are right for it."""
 
     @property
     def key(self) -> str:
@@ -40,7 +42,9 @@ class ExamplePhoto:
         return path if path.is_file() else None
 
 
-def _from_skimage(file: str, title: str, author: str, licence: str, licence_url: str | None = None) -> ExamplePhoto:
+def _from_skimage(
+    file: str, title: str, author: str, licence: str, licence_url: str | None = None, *, fits: tuple[str, ...] = ()
+) -> ExamplePhoto:
     return ExamplePhoto(
         title=title,
         author=author,
@@ -49,10 +53,11 @@ def _from_skimage(file: str, title: str, author: str, licence: str, licence_url:
         package="skimage",
         distribution="scikit-image",
         file=f"data/{file}",
+        fits=fits,
     )
 
 
-def _from_sklearn(file: str, title: str, author: str) -> ExamplePhoto:
+def _from_sklearn(file: str, title: str, author: str, *, fits: tuple[str, ...] = ()) -> ExamplePhoto:
     return ExamplePhoto(
         title=title,
         author=author,
@@ -61,18 +66,19 @@ def _from_sklearn(file: str, title: str, author: str) -> ExamplePhoto:
         package="sklearn",
         distribution="scikit-learn",
         file=f"datasets/images/{file}",
+        fits=fits,
     )
 
 
 # Authors and licences as stated by the docstrings of `skimage.data` and by `sklearn/datasets/images/README.txt`
 # (whose link, not its text, names the author of the flower).
 PHOTOS = (
-    _from_skimage("coffee.png", "Coffee cup", "Rachel Michetti", "CC0", CC0),
-    _from_skimage("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", CC0),
-    _from_sklearn("flower.jpg", "Flower", "vultilion"),
-    _from_skimage("rocket.jpg", "Rocket launch", "SpaceX", "public domain"),
+    _from_skimage("coffee.png", "Coffee cup", "Rachel Michetti", "CC0", CC0, fits=("espresso", "cup")),
+    _from_skimage("rocket.jpg", "Rocket launch", "SpaceX", "public domain", fits=("projectile", "missile")),
+    _from_skimage("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", CC0, fits=("tabby cat",)),
+    _from_sklearn("flower.jpg", "Dahlia", "vultilion"),
+    _from_sklearn("china.jpg", "Summer palace", "danielbuechele", fits=("palace",)),
     _from_skimage("astronaut.png", "Astronaut", "NASA", "public domain"),
-    _from_sklearn("china.jpg", "Summer palace", "danielbuechele"),
 )
 
 

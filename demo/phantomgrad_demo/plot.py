@@ -12,7 +12,7 @@ from html import escape
 from typing import Literal
 
 WIDTH, HEIGHT = 460, 220
-LEFT, RIGHT, TOP, BOTTOM = 54, 16, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
 STYLES = ("a", "b", "c", "d", "e")
 """Names of the lines' colours and dashes in `page.css`."""
 SMALLEST = 1e-9

@@ -5,7 +5,7 @@ const find = (selector) => element.querySelector(selector);
 const sentence = find('.pg-sentence'), weak = find('.pg-weak'), bars = find('.pg-bars');
 const slider = find('.pg-player input'), output = find('.pg-player output'), play = find('.pg-play'), stop = find('.pg-stop');
 const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
-let view = { rows: [] }, at = -1, timer = null, stopped = false;
+let view = { rows: [] }, at = -1, timer = null;
 
 const put = (tag, parent, text, attributes = {}) => {
   const made = document.createElement(tag);
@@ -116,19 +116,17 @@ function start() {
   timer = setInterval(() => show(at + 1), calm.matches ? 1200 : 450);
 }
 
-function update() {
-  const next = props.value ?? { rows: [] };
-  if (!next.running) stopped = false;
-  if (stopped && next.rows.length) return; // what was on its way when Stop was pressed
-  view = next;
+// Puts the view where it belongs; a tab that is opened later gets its part then.
+function draw() {
   const shown = view.rows.length > 0;
   find('.pg-player').hidden = bars.hidden = !shown;
   for (const place of document.querySelectorAll('[data-needs-answer]')) place.hidden = !shown;
+  for (const place of document.querySelectorAll('[data-text]')) place.textContent = view[place.dataset.text] ?? '';
   stop.hidden = !view.running;
   play.disabled = view.running;
   element.dataset.running = view.running;
+  element.setAttribute('aria-busy', 'false');
   if (!shown) {
-    pause();
     sentence.replaceChildren(view.message ?? '');
     weak.hidden = true;
     return;
@@ -144,26 +142,36 @@ function update() {
     const place = document.querySelector(`#pg-curves [data-figure="${name}"]`);
     if (place) place.innerHTML = html; // made by plot.py, which escapes what is not its own
   }
-  for (const place of document.querySelectorAll('[data-text]')) place.textContent = view[place.dataset.text];
   for (const place of document.querySelectorAll('[data-copy="link"]')) place.hidden = !view.link.example;
   Object.assign(document.documentElement.dataset, { link: new URLSearchParams(view.link), python: view.python }); // for page.js
+  show(at);
+}
+
+function update() {
+  const next = props.value ?? { rows: [] };
+  // Whoever looks at an earlier step of a solve that goes on stays there.
+  const stays = next.run === view.run && at < view.rows.length - 1;
   pause();
-  show(view.rows.length - 1);
+  view = next;
+  if (!stays) at = view.rows.length - 1;
+  draw();
 }
 
 slider.addEventListener('input', () => { pause(); show(Number(slider.value) - 1); });
 play.addEventListener('click', () => (timer === null ? start() : (pause(), show(at))));
 stop.addEventListener('click', () => {
-  stopped = true;
-  trigger('stop');
+  trigger('stop', { run: view.run });
+  if (document.activeElement === stop) slider.focus();
   stop.hidden = true;
-  play.disabled = false;
-  element.dataset.running = 'stopped';
-  sentence.append(', stopped at your wish before its tolerance');
 });
-document.addEventListener('pg-tab-ready', update);
+// Something else is asked for: a solve that still runs is not waited for.
+document.addEventListener('pg-turn', () => {
+  if (view.running) trigger('retry', { run: view.run });
+  element.setAttribute('aria-busy', String(view.rows.length > 0));
+});
+document.addEventListener('pg-tab-ready', draw);
 watch('value', update);
 update();
 
 const wanted = new URLSearchParams(window.location.search);
-if (wanted.has('example')) trigger('submit', Object.fromEntries(wanted));
+if (wanted.get('example')) trigger('submit', Object.fromEntries(wanted));

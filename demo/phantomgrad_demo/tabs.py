@@ -13,11 +13,12 @@ from .nearby import CHANGES, MOST_PERCENT
 from .saliency import MOST_PHANTOM_STEPS
 from .settings import MOST_STEPS, SOLVERS, tolerances_for
 from .tab_handlers import TabHandlers
-from .wording import scientific
+from .wording import chosen
 
 Controls = tuple[gr.Radio, GuardedSlider, gr.Radio, GuardedSlider]
 """Of solver, most steps, tolerance and damping."""
-Shown = tuple[gr.HTML, gr.HTML]
+Given = tuple[GuardedImage, gr.HTML]
+"""The photo, and where it is from."""
 Events = dict[str, Any]
 """The options of every event that runs the model."""
 
@@ -26,7 +27,7 @@ def watch_tab(handlers: Handlers) -> Controls:
     """The curves, maps and settings of one solve; returns the settings' controls."""
     own = handlers.settings
     html_block(markup.TAKEAWAY, js_on_load=markup.TAB_READY)
-    with gr.Row(elem_classes="pg-controls"):
+    with gr.Row(elem_classes=["pg-controls", "pg-asks"]):
         solver = gr.Radio(list(SOLVERS), value=own.solver, label="Solver", elem_id="pg-solver", scale=3)
         steps = GuardedSlider(
             1,
@@ -39,7 +40,7 @@ def watch_tab(handlers: Handlers) -> Controls:
             scale=2,
         )
         tolerance = gr.Radio(
-            [(scientific(each).replace(".0e", "e"), each) for each in tolerances_for(own)],
+            [(chosen(each), each) for each in tolerances_for(own)],
             value=own.tolerance,
             label="Tolerance",
             elem_id="pg-tolerance",
@@ -60,8 +61,8 @@ def watch_tab(handlers: Handlers) -> Controls:
     return solver, steps, tolerance, damping
 
 
-def compare_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, controls: Controls, events: Events) -> Shown:
-    """Two settings side by side; returns the places of take-away and result."""
+def compare_tab(tab: gr.Tab, tabs: TabHandlers, given: Given, controls: Controls, events: Events) -> None:
+    """Two settings side by side."""
     takeaway = html_block(panels.hint(panels.COMPARE_HINT).takeaway)
     own = tabs.page.settings
     _, _, tolerance, damping = controls
@@ -76,13 +77,12 @@ def compare_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, controls: C
         )
     run = gr.Button("Compare", variant="primary", elem_classes="pg-run")
     result = html_block("", elem_id="pg-compared")
-    given = [photo, first_solver, first_steps, second_solver, second_steps, second_damping, tolerance, damping]
-    gr.on([tab.select, run.click], tabs.compare, given, [takeaway, result], **events)
-    return takeaway, result
+    inputs = [*given, first_solver, first_steps, second_solver, second_steps, second_damping, tolerance, damping]
+    gr.on([tab.select, run.click], tabs.compare, inputs, [takeaway, result], **events)
 
 
-def gradient_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, events: Events) -> Shown:
-    """Saliency by several gradients; returns the places of take-away and result."""
+def gradient_tab(tab: gr.Tab, tabs: TabHandlers, given: Given, events: Events) -> None:
+    """Saliency by several gradients."""
     takeaway = html_block(panels.hint(panels.GRADIENT_HINT).takeaway)
     with gr.Row(elem_classes="pg-controls"):
         steps = GuardedSlider(
@@ -96,15 +96,14 @@ def gradient_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, events: Ev
     gr.on(
         [tab.select, run.click, steps.input, damping.input],
         tabs.gradients,
-        [photo, steps, damping],
+        [*given, steps, damping],
         [takeaway, result],
         **events,
     )
-    return takeaway, result
 
 
-def nearby_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, controls: Controls, events: Events) -> Shown:
-    """A changed photo solved warm and cold; returns the places of take-away and result."""
+def nearby_tab(tab: gr.Tab, tabs: TabHandlers, given: Given, controls: Controls, events: Events) -> None:
+    """A changed photo solved warm and cold."""
     takeaway = html_block(panels.hint(panels.NEARBY_HINT).takeaway)
     with gr.Row(elem_classes="pg-controls"):
         change = gr.Radio(list(CHANGES), value=CHANGES[0], label="Change of the photo")
@@ -114,11 +113,10 @@ def nearby_tab(tab: gr.Tab, tabs: TabHandlers, photo: GuardedImage, controls: Co
     gr.on(
         [tab.select, run.click, change.input, amount.input],
         tabs.nearby,
-        [photo, change, amount, *controls],
+        [*given, change, amount, *controls],
         [takeaway, result],
         **events,
     )
-    return takeaway, result
 
 
 def html_block(value: str, **options: Any) -> gr.HTML:

@@ -19,8 +19,13 @@ _DYNAMIC_RANGE = 1e-4
 """The part of the largest change below which the change maps are black."""
 
 
-def view(trajectory: Trajectory, labels: Sequence[str], *, example: str = "", checkpoint: str = "") -> dict[str, Any]:
-    """What the page shows of a solve that runs or has ended; a message alone where it made no step."""
+def view(
+    trajectory: Trajectory, labels: Sequence[str], *, example: str = "", checkpoint: str = "", run: str = ""
+) -> dict[str, Any]:
+    """What the page shows of a solve that runs or has ended; a message alone where it made no step.
+
+    `run` is the name by which the page can end it.
+    """
     if not trajectory.steps:
         return message("The network gave no finite state for this photo.")
     steps = trajectory.steps
@@ -30,6 +35,7 @@ def view(trajectory: Trajectory, labels: Sequence[str], *, example: str = "", ch
         rows[-1]["sentence"] = end_sentence(trajectory, labels)
     return {
         "running": running,
+        "run": run,
         "rows": rows,
         "grids": [list(shown.shape) for shown in steps[0].maps],
         # The same colours at every step: else settling could not be seen.

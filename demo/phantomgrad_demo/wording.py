@@ -19,9 +19,14 @@ def percent(probability: float) -> str:
 
 
 def scientific(value: float) -> str:
-    """A number as `8.1e-3`."""
+    """A measured number as `8.1e-3` or `1.0`."""
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa}e{int(exponent)}" if int(exponent) else mantissa
+
+
+def chosen(value: float) -> str:
+    """A number that somebody chose, such as a tolerance, as `1e-3`."""
+    return scientific(value).replace(".0e", "e").removesuffix(".0")
 
 
 def step_count(steps: int) -> str:
@@ -59,7 +64,7 @@ def end_sentence(trajectory: Trajectory, labels: Sequence[str]) -> str:
         "stopped": " at your wish",
         "diverged": ", as the state was no longer finite",
     }[trajectory.reason or "stopped"]
-    return f"Stopped after {steps}{why}, before its tolerance of {scientific(trajectory.settings.tolerance)}: {answer}"
+    return f"Stopped after {steps}{why}, before its tolerance of {chosen(trajectory.settings.tolerance)}: {answer}"
 
 
 def weak_notice(step: Step, classes: int) -> str:

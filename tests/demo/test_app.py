@@ -55,6 +55,8 @@ def test_there_are_five_endpoints_whose_parameters_have_names_and_defaults(clien
         "/about": {},
     }
     assert "raw.githubusercontent.com" not in json.dumps(endpoints)
+    components = {each["component"] for each in endpoints["named_endpoints"]["/settle"]["parameters"]}
+    assert components == {"Image", "Radio", "Number"}
 
 
 def test_settle_tells_every_step(client: Client, model: MDEQ) -> None:
@@ -90,11 +92,15 @@ def test_gradient_nearby_and_about(client: Client, model: MDEQ) -> None:
         ("/settle", {"max_steps": 2.5}, "The most steps are a whole number from 1 to 60, not 2.5."),
         ("/settle", {"tolerance": 0}, "The tolerance is from 1e-05 to 1, not 0."),
         ("/settle", {"damping": 2}, "The damping is from 0.05 to 1, not 2."),
-        ("/settle", {"solver": "newton"}, "is not in the list of choices"),
+        ("/settle", {"max_steps": 10**400}, "The most steps are a whole number from 1 to 60, not 1000"),
+        ("/settle", {"tolerance": 10**400}, "The tolerance is from 1e-05 to 1, not 1000"),
+        ("/settle", {"solver": "newton"}, "The solver is one of fixed point, Anderson, Broyden, not 'newton'."),
+        ("/settle", {"solver": ["<b>"]}, "The solver is one of fixed point, Anderson, Broyden, not ['&lt;b&gt;']."),
         ("/gradient", {"steps": 0}, "The steps are a whole number from 1 to 12, not 0."),
         ("/gradient", {"damping": 0}, "The damping is from 0.05 to 1, not 0."),
         ("/nearby", {"percent": 90}, "The change is by 0 to 30 percent, not 90."),
-        ("/nearby", {"change": "rotation"}, "is not in the list of choices"),
+        ("/nearby", {"percent": 10**400}, "The change is by 0 to 30 percent, not 1000"),
+        ("/nearby", {"change": "rotation"}, "The change is one of brightness, shift, crop, not 'rotation'."),
     ],
 )
 def test_values_out_of_range_are_refused_in_words(

@@ -83,9 +83,9 @@ def test_while_the_solver_runs_the_axis_stands_still() -> None:
 
 def test_the_descriptions_tell_the_numbers() -> None:
     text = "".join(ElementTree.fromstring(residual_curves(SETTLED)).itertext())
-    assert "From 1.0e0 after step 1 to 8.1e-3 after 4 steps: settled." in text
+    assert "From 1.0 after step 1 to 8.1e-3 after 4 steps: settled." in text
     assert "still running" in residual_curves(RUNNING)
-    assert "stopped before its tolerance of 1.0e-2" in residual_curves(SINGLE)
+    assert "stopped before its tolerance of 1e-2" in residual_curves(SINGLE)
     assert "goldfish: 10 % after step 1, 44 % after 4 steps." in probability_curves(SETTLED, LABELS)
     assert "<b>" not in probability_curves(SETTLED, LABELS)
     assert "40 % after 4 steps." in accuracy_curve({1: 0.02, 4: 0.4}, [(4, "A")])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from samples import LABELS, trajectory
+from samples import LABELS, SETTINGS, trajectory
 
 from phantomgrad_demo.nearby import CHANGES, Change, Nearby, changed_photo, solve_nearby
 from phantomgrad_demo.panels import compared, nearby_curves
@@ -74,12 +75,18 @@ def test_the_panel_says_what_the_start_saved(photo: Image.Image) -> None:
     assert "Not both solves settled" in says(long, unsettled)
 
 
-def test_the_comparison_puts_both_on_the_accuracy_curve() -> None:
+def test_the_comparison_puts_the_checkpoint_s_own_solver_on_the_accuracy_curve() -> None:
     settled, unsettled = trajectory([1.0, 0.2, 8e-3]), trajectory([1.0], "steps")
-    panel = compared(settled, unsettled, LABELS, {1: 0.02, 4: 0.4})
+    panel = compared(settled, unsettled, LABELS, {1: 0.02, 4: 0.4}, SETTINGS)
     assert "Different answers: A settled in 3 steps, B did not settle in 1 step." in panel.takeaway
-    assert "A: Anderson, at most 12 steps, tolerance 1.0e-2" in panel.result
+    assert "A: Anderson, at most 12 steps, tolerance 1e-2" in panel.result
     assert "250 ms for 3 steps" in panel.result
     assert "<b>" not in panel.result
     assert 'data-name="accuracy"' in panel.result
-    assert 'data-name="accuracy"' not in compared(settled, settled, LABELS, {}).result
+    assert 'data-name="accuracy"' not in compared(settled, settled, LABELS, {}, SETTINGS).result
+    assert panel.result.count('class="pg-mark"') == 2
+    # The curve is of the checkpoint's own solver: another one has no place on it.
+    for other in (replace(SETTINGS, solver="Broyden"), replace(SETTINGS, solver="fixed point", damping=0.5)):
+        beside = trajectory([1.0, 0.2], settings=other)
+        assert compared(settled, beside, LABELS, {1: 0.02}, SETTINGS).result.count('class="pg-mark"') == 1
+    assert "B: fixed point, damping 0.5, at most 12 steps" in compared(settled, beside, LABELS, {}, SETTINGS).result

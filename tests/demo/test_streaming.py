@@ -39,7 +39,7 @@ def test_steps_arrive_one_by_one_until_stop(browser: Browser, slow_page: str) ->
         assert tab.locator("#pg-curves svg[role=img]").count() == 2
         expect(tab.locator("#pg-answer .pg-play")).to_be_disabled()
         stop.click()
-        says(tab, "stopped at your wish before its tolerance")
+        says(tab, "at your wish, before its tolerance of 1e-4")
         stopped = told(tab)
         expect(stop).to_be_hidden()
         tab.wait_for_timeout(1500)  # many more steps, had it gone on
@@ -48,8 +48,23 @@ def test_steps_arrive_one_by_one_until_stop(browser: Browser, slow_page: str) ->
         expect(tab.locator("#pg-answer .pg-play")).to_be_enabled()
         tab.get_by_role("slider", name="Solver step", exact=True).press("Home")
         says(tab, "Step 1:")
-        tab.get_by_role("button", name="Flower").click()
+        tab.get_by_role("slider", name="Solver step", exact=True).press("End")
+        assert told(tab) == stopped
+        # The next solve streams again.
+        tab.get_by_role("button", name="Dahlia").click()
+        is_running(tab)
+        expect(stop).to_be_visible()
         says(tab, "Settled after")
+
+
+def test_whoever_looks_at_an_earlier_step_stays_there(browser: Browser, slow_page: str) -> None:
+    with opened(browser, slow_page) as tab:
+        tab.locator("#pg-tolerance").get_by_label("1e-4").check()
+        is_running(tab)
+        tab.get_by_role("slider", name="Solver step", exact=True).press("Home")
+        tab.wait_for_timeout(900)
+        assert told(tab).startswith("Step 1:")
+        assert not tab.locator("#pg-answer .pg-stop").is_hidden()
 
 
 def test_who_leaves_stops_the_solve_for_whoever_waits(browser: Browser, slow_page: str) -> None:

@@ -7,6 +7,7 @@ from samples import EXACT, LABELS, SETTLED, SINGLE, step, trajectory
 
 from phantomgrad_demo.wording import (
     WEAK,
+    chosen,
     end_sentence,
     milliseconds,
     percent,
@@ -25,12 +26,12 @@ def test_a_steps_sentence() -> None:
     ("reason", "text"),
     [
         ("settled", "Settled after 4 steps: goldfish 44 %, residual 8.1e-3"),
-        ("steps", "Stopped after 4 steps, before its tolerance of 1.0e-2: goldfish 44 %, residual 8.1e-3"),
-        ("time", "Stopped after 4 steps at the time limit, before its tolerance of 1.0e-2: goldfish"),
-        ("stopped", "Stopped after 4 steps at your wish, before its tolerance of 1.0e-2: goldfish"),
+        ("steps", "Stopped after 4 steps, before its tolerance of 1e-2: goldfish 44 %, residual 8.1e-3"),
+        ("time", "Stopped after 4 steps at the time limit, before its tolerance of 1e-2: goldfish"),
+        ("stopped", "Stopped after 4 steps at your wish, before its tolerance of 1e-2: goldfish"),
         (
             "diverged",
-            "Stopped after 4 steps, as the state was no longer finite, before its tolerance of 1.0e-2: goldfish",
+            "Stopped after 4 steps, as the state was no longer finite, before its tolerance of 1e-2: goldfish",
         ),
     ],
 )
@@ -50,11 +51,11 @@ def test_a_weak_answer_is_probably_none() -> None:
 
 def test_the_takeaway_says_what_the_solve_shows() -> None:
     assert takeaway(SETTLED, LABELS) == (
-        "The state moves less and less: the residual falls from 1.0e0 to 8.1e-3 in 4 steps. "
+        "The state moves less and less: the residual falls from 1.0 to 8.1e-3 in 4 steps. "
         "The answer has been goldfish since step 2."
     )
-    assert takeaway(EXACT, LABELS).startswith("The state moves less and less: the residual falls from 1.0e0 to 0.0e0")
-    assert takeaway(SINGLE, LABELS).startswith("One step moves the state by 1.0e0 of its size; more steps show")
+    assert takeaway(EXACT, LABELS).startswith("The state moves less and less: the residual falls from 1.0 to 0.0")
+    assert takeaway(SINGLE, LABELS).startswith("One step moves the state by 1.0 of its size; more steps show")
     cycling = trajectory([1.0, 0.3, 0.31, 0.3, 0.31, 0.3], "steps")
     assert takeaway(cycling, LABELS).startswith("The state keeps moving: after 6 steps the residual is still 3.0e-1.")
 
@@ -68,7 +69,9 @@ def test_percent(probability: float, text: str) -> None:
 
 def test_numbers() -> None:
     assert scientific(0.00812) == "8.1e-3"
-    assert scientific(1.0) == "1.0e0"
+    assert scientific(0.02) == "2.0e-2"
+    assert scientific(1.0) == "1.0"
+    assert [chosen(value) for value in (1.0, 0.1, 1e-5, 0.1334)] == ["1", "1e-1", "1e-5", "1.3e-1"]
     assert milliseconds(0.0844) == "84 ms"
     assert milliseconds(2.14) == "2.1 s"
     assert milliseconds(0.9999) == "1.0 s"
