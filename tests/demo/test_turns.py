@@ -18,8 +18,9 @@ from playwright.sync_api import Browser, Page, expect
 
 NOTE = """() => {
     const sentence = document.querySelector('#pg-answer .pg-sentence');
+    let text = sentence.textContent;
     window.said = [];
-    new MutationObserver(() => { if (window.said.at(-1) !== sentence.textContent) window.said.push(sentence.textContent); })
+    new MutationObserver(() => { if (sentence.textContent !== text) window.said.push(text = sentence.textContent); })
         .observe(sentence, { childList: true, subtree: true, characterData: true });
 }"""
 PLACES = {"rocket": "SpaceX", "china": "danielbuechele", "own": ""}
