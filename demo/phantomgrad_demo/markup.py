@@ -109,7 +109,7 @@ def maps(branches: int) -> str:
 def credit(example: ExamplePhoto, labels: Sequence[str]) -> str:
     """Title of an example photo, which of the model's classes are right for it, author, licence and source."""
     right = [label for label in labels if label.casefold() in example.fits]
-    fits = f"right is {' or '.join(right)}" if right else f"none of the {len(labels)} classes is right"
+    fits = f"{' or '.join(right) if right else f'none of the {len(labels)} classes'} would be right"
     licence = escape(example.licence)
     if example.licence_url is not None:
         licence = f'<a href="{escape(example.licence_url)}" target="_blank" rel="noopener noreferrer">{licence}</a>'

@@ -78,7 +78,7 @@ def times(browser: Browser, address: str) -> dict[str, dict[str, float]]:
         painted.append(tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
         tab.context.close()
     with opened(browser, address) as tab:
-        names = tab.evaluate("[...document.querySelectorAll('#pg-examples button')].map((each) => each.title)")
+        names = tab.evaluate("[...document.querySelectorAll('#pg-examples [data-example]')].map((each) => each.title)")
         for name in [*names[1:], names[0]] * ROUNDS:
             one, other = tab.evaluate(PICK, name)
             first.append(one)
@@ -126,8 +126,8 @@ def _answer(tab: Page, path: Path) -> str:
     sentence.filter(has_text=NO_PHOTO).wait_for()
     upload(tab, path)
     tab.wait_for_function(ANSWERED_OR_TOLD, arg=NO_PHOTO)
-    toast = tab.locator(".toast-body .toast-text")
-    return toast.first.inner_text() if toast.count() else told(tab)
+    toast = tab.locator(".toast-body")
+    return " ".join(toast.first.inner_text().split()) if toast.count() else told(tab)
 
 
 def _spread(values: list[float]) -> dict[str, float]:
