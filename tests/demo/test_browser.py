@@ -207,10 +207,15 @@ def test_figures_are_saved_as_svg(visit: Page, tmp_path: Path) -> None:
         root = ElementTree.parse(tmp_path / name).getroot()
         assert root.tag == f"{SVG}svg"
         if name == "maps":
+            assert any(re.search(r"size, \d+ x \d+: ", text.text or "") for text in root.iter(f"{SVG}text"))
             assert [image.get("href", "")[:15] for image in root.iter(f"{SVG}image")] == ["data:image/png;"] * 4
             continue
         lines = list(root.iter(f"{SVG}polyline"))
         assert len(lines) >= 3
+        # What the page writes beside the drawing is in it: the title and the name of every line.
+        texts = [text.text for text in root.iter(f"{SVG}text")]
+        assert {*figure.locator(".pg-legend li").all_inner_texts()} <= {*texts}
+        assert figure.locator("figcaption").inner_text().splitlines()[0] in texts
         # It looks the same without the page's style sheet.
         assert all("stroke: rgb(" in (line.get("style") or "") for line in lines)
 
@@ -284,3 +289,56 @@ def test_an_uploaded_photo_is_answered(visit: Page, tmp_path: Path) -> None:
     expect(visit.locator("#pg-credit")).to_be_empty()
     # A photo of a visitor's own is in no link.
     expect(visit.get_by_role("button", name="Copy a link to this")).to_be_hidden()
+
+
+def test_a_photo_is_chosen_by_a_button_with_a_name(visit: Page, tmp_path: Path) -> None:
+    path = tmp_path / "chosen.png"
+    Image.effect_noise((80, 60), 60).save(path)
+    visit.get_by_role("button", name="Coffee cup").click()
+    expect(visit.locator("#pg-credit")).to_contain_text("Rachel Michetti", timeout=SLOW_MACHINE)
+    with visit.expect_file_chooser() as chooser:
+        visit.get_by_role("button", name="Your photo").click()
+    chooser.value.set_files(str(path))
+    expect(visit.locator("#pg-credit")).to_have_text("", timeout=SLOW_MACHINE)
+    says(visit, "after")
+
+
+def test_a_photo_is_pasted_wherever_the_focus_is(visit: Page) -> None:
+    visit.get_by_role("button", name="Coffee cup").click()
+    expect(visit.locator("#pg-credit")).to_contain_text("Rachel Michetti", timeout=SLOW_MACHINE)
+    says(visit, "after")
+    before = told(visit)
+    visit.evaluate(
+        """async () => {
+            const canvas = Object.assign(document.createElement('canvas'), { width: 40, height: 30 });
+            canvas.getContext('2d').fillRect(5, 5, 20, 10);
+            const file = new File([await new Promise((done) => canvas.toBlob(done))], 'pasted.png', { type: 'image/png' });
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(file);
+            document.body.dispatchEvent(new ClipboardEvent('paste', { clipboardData, bubbles: true }));
+        }"""
+    )
+    expect(visit.locator("#pg-credit")).to_have_text("", timeout=SLOW_MACHINE)
+    expect(visit.locator("#pg-answer .pg-sentence")).not_to_have_text(before)
+
+
+def test_arrow_keys_move_within_a_choice(visit: Page) -> None:
+    solvers = visit.locator("#pg-solver")
+    solvers.get_by_label("fixed point").check()
+    visit.wait_for_function("document.documentElement.dataset.python.includes('solver=FixedPointIteration(')")
+    solvers.get_by_label("fixed point").focus()
+    visit.keyboard.press("ArrowRight")
+    expect(solvers.get_by_label("Anderson")).to_be_checked()
+    visit.wait_for_function("document.documentElement.dataset.python.includes('solver=Anderson(')")
+    assert visit.evaluate("getComputedStyle(document.activeElement.closest('label')).outlineStyle") == "solid"
+
+
+def test_a_field_that_is_left_empty_gets_a_number_and_its_answer(visit: Page) -> None:
+    field = visit.locator("#pg-steps input[type=number]")
+    field.fill("3")
+    says(visit, "3 steps")
+    field.fill("")
+    field.blur()
+    expect(field).not_to_have_value("", timeout=SLOW_MACHINE)
+    taken = int(field.input_value())
+    visit.wait_for_function(f"document.documentElement.dataset.python.includes('max_steps={taken},')")
