@@ -83,16 +83,11 @@ class Handlers:
             yield (gr.skip(),) * 6
             return
         key = self.known(_kind(source))
-        shown = self.given(photo, source)
-        new_photo: Any = gr.skip()
-        if isinstance(shown, Image) and (not _same(shown, photo) or shown.info.get(UNSEEN)):
-            new_photo = _reduced(shown)
-        elif isinstance(shown, Refused):
-            new_photo = None
-        new_source = f"{REFUSED}#{time.monotonic_ns()}" if isinstance(shown, Refused) else gr.skip()
-        credit = self.credit(key) if key else ""
+        given = self.given(photo, source)
+        new_source = f"{REFUSED}#{time.monotonic_ns()}" if isinstance(given, Refused) else gr.skip()
+        new_photo, credit = _shown_anew(given, photo), self.credit(key) if key else ""
         settings, *corrected = self.checked(solver, steps, tolerance, damping)
-        for each in self.solve(shown, key, settings):
+        for each in self.solve(given, key, settings):
             yield new_photo, each, credit, new_source, *corrected
             new_photo = credit = gr.skip()
 
@@ -167,15 +162,17 @@ def _corrected(asked: float | None, taken: float) -> Any:
     return gr.skip() if asked is None or asked == taken else taken
 
 
-def _same(photo: Image, other: Photo) -> bool:
-    return isinstance(other, Image) and photo.size == other.size and photo.tobytes() == other.tobytes()
-
-
-def _reduced(photo: Image) -> Image:
-    """A copy for the page alone, of at most 1024 pixels a side."""
-    copy = photo.copy()
-    copy.thumbnail((1024, 1024))
-    return copy
+def _shown_anew(given: Photo, shown: Photo) -> Any:
+    """What the photo's place gets: nothing new where it shows what is given, nothing at all where that is no photo."""
+    if isinstance(given, Refused):
+        return None
+    if given is None or (given is shown and not given.info.get(UNSEEN)):
+        return gr.skip()
+    # For the page alone; the solve takes the photo itself.
+    small = given.copy()
+    small.thumbnail((1024, 1024))
+    same = isinstance(shown, Image) and small.size == shown.size and small.tobytes() == shown.tobytes()
+    return gr.skip() if same and not given.info.get(UNSEEN) else small
 
 
 def _number(text: object, otherwise: float) -> float:
