@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,16 +15,15 @@ from torch import Tensor
 from phantomgrad import NotConvergedWarning, Solution, attachments
 
 from .data.errors import DataError
+from .data.transforms import MOST_UNREADABLE, most_unreadable
 from .evaluation import Evaluation
-from .labels import ClassLabel
+from .labels import ClassLabel, plain_name
 
 if TYPE_CHECKING:
     from .data.sources import ImageSplit
     from .models.mdeq import MDEQ
 
 BATCH_SIZE = 100
-MOST_UNREADABLE = 0.01
-"""The fraction of unreadable images above which there is no evaluation."""
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
 
@@ -48,8 +47,13 @@ def evaluate(
 
 
 def summarise(records: dict[str, Tensor]) -> Evaluation:
-    """The figures of the records that `evaluate_images` made, over the images that could be read."""
+    """The figures of the records that `evaluate_images` made, over the images that could be read.
+
+    Raises `DataError` where none could.
+    """
     readable = records["readable"]
+    if not readable.any():
+        raise DataError("none of the images to evaluate can be read")
     kept = {name: values[readable] for name, values in records.items()}
     residual = kept["residual"].double()
     by_steps = {int(name.split("_")[-1]): values for name, values in kept.items() if name.startswith("right_after_")}
@@ -74,10 +78,12 @@ def evaluate_images(
     steps: Sequence[int] = (),
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
+    whole: int | None = None,
 ) -> dict[str, Tensor]:
     """Per image: `rank` of the true class (0 is best), solver `steps`, final `residual`, `converged`, `readable`, and
     `right_after_N` for each number N in `steps`. All on the CPU, in the order of the images. Where `readable` is False the
-    other figures are those of a blank image; raises `DataError` where more than 1 % are."""
+    other figures are those of a blank image; raises `DataError` where they are more than 1 % of `images`, or of `whole`
+    images."""
     if any(count < 1 for count in steps):
         raise ValueError(f"steps must be at least 1, not {min(steps)}")
     if not len(images):
@@ -88,13 +94,23 @@ def evaluate_images(
     batches: list[dict[str, Tensor]] = []
     done = 0
     with _evaluating(model):
-        for batch, readable in _preprocessed(model, images, batch_size):
+        for batch, readable in _preprocessed(model, images, batch_size, len(images) if whole is None else whole):
             target = targets[done : done + len(batch)].to(device)
             batches.append({**_classified(model, batch.to(device), target, steps), "readable": readable})
             done += len(batch)
             if progress is not None:
                 progress(done, len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def ranks_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many other classes have no smaller logit than the true one, of logits `(B, classes)` and `targets` `(B,)`.
+
+    So a tie counts against the model, and among logits that are not all finite the true class is behind any number.
+    """
+    own = logits.gather(1, targets[:, None])
+    ranks = (logits >= own).sum(1) - 1
+    return ranks.masked_fill(~logits.isfinite().all(1), torch.iinfo(ranks.dtype).max)
 
 
 def default_steps(model: MDEQ) -> tuple[int, ...]:
@@ -109,23 +125,39 @@ def match_classes(known: Sequence[ClassLabel], wanted: Sequence[ClassLabel]) -> 
     """For every label in `wanted` the index of the same class in `known`: by identifier, else by name.
 
     Names are compared without regard to case, and with `_` for a space; a name that is an identifier counts as one.
-    Raises `DataError` where a class is not known.
+    Raises `DataError` where a class is not known, where it may be either of two, and where two are the same.
     """
     by_id = {label.id: index for index, label in enumerate(known) if label.id is not None}
-    by_name = {_plain(label.name): index for index, label in enumerate(known)}
-    found = [by_id.get(label.id or "", by_id.get(label.name, by_name.get(_plain(label.name)))) for label in wanted]
-    unknown = [label.name for label, index in zip(wanted, found, strict=True) if index is None]
+    by_name: dict[str, list[int]] = {}
+    for index, label in enumerate(known):
+        by_name.setdefault(plain_name(label.name), []).append(index)
+    found: dict[int, ClassLabel] = {}
+    unknown: list[str] = []
+    for label in wanted:
+        index = by_id.get(label.id or "", by_id.get(label.name))
+        named = [index] if index is not None else by_name.get(plain_name(label.name), [])
+        if len(named) > 1:
+            one, other = (known[place].name for place in named[:2])
+            raise DataError(
+                f"the model's classes {one!r} and {other!r} differ only by case or _, so that {label.name!r} of the data may "
+                "be either. Give both WordNet ids, or rename one in the checkpoint's labels.json."
+            )
+        if not named:
+            unknown.append(label.name)
+        elif named[0] in found:
+            raise DataError(
+                f"{found[named[0]].name!r} and {label.name!r} of the data are one class of the model, "
+                f"{known[named[0]].name!r}. Rename one, or make them one class."
+            )
+        else:
+            found[named[0]] = label
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(
             f"{len(unknown)} of {len(wanted)} classes of the data are unknown to the model: {shown}. "
             "Classes are matched by name or WordNet id."
         )
-    return [index for index in found if index is not None]
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return list(found)
 
 
 def best_states(solution: Solution, steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -184,9 +216,8 @@ def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[in
         logits = model.head(model.equilibrium(injection))
     solution = attachment.solution
     assert solution is not None
-    own = logits.gather(1, targets[:, None])
     record = {
-        "rank": (logits > own).sum(1),
+        "rank": ranks_of(logits, targets),
         "steps": solution.steps,
         "residual": solution.residual,
         "converged": solution.converged,
@@ -197,11 +228,11 @@ def _classified(model: MDEQ, images: Tensor, targets: Tensor, steps: Sequence[in
         solution = attachment.solution
         assert solution is not None
     for count, state in best_states(solution, steps) if steps else ():
-        record[f"right_after_{count}"] = model.head(state).argmax(1) == targets
+        record[f"right_after_{count}"] = ranks_of(model.head(state), targets) < 1
     return {name: values.cpu() for name, values in record.items()}
 
 
-def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int, whole: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `(B, 3, H, W)` in order, and which of their images `(B,)` could be read; the others are blank.
 
     The next batch is decoded while the model works on the last.
@@ -220,19 +251,20 @@ def _preprocessed(model: MDEQ, images: ImageSplit, batch_size: int) -> Iterator[
         pending = [pool.submit(prepare, index) for index in range(min(batch_size, len(images)))]
         for start in starts:
             batch = torch.cat([future.result() for future in pending])
-            _check_unreadable(unreadable, images)
+            check_unreadable(unreadable, images, whole)
             readable = torch.tensor([index not in unreadable for index in range(start, start + len(batch))])
             following = range(start + batch_size, min(start + 2 * batch_size, len(images)))
             pending = [pool.submit(prepare, index) for index in following]
             yield batch, readable
 
 
-def _check_unreadable(unreadable: dict[int, DataError], images: ImageSplit) -> None:
+def check_unreadable(unreadable: Mapping[int, DataError | str], images: ImageSplit, whole: int) -> None:
+    """Raise `DataError` where the unreadable ones of `images`, by index, are more than `MOST_UNREADABLE` of `whole`."""
     found = sorted(unreadable)
-    if len(found) > MOST_UNREADABLE * len(images):
+    if len(found) > MOST_UNREADABLE * whole:
         raise DataError(
-            f"{len(found)} of {len(images)} images to evaluate cannot be read, more than {MOST_UNREADABLE:.0%}; repair or "
-            f"replace them. The first: {unreadable[found[0]]}"
+            f"{len(found)} of {len(images)} images to evaluate cannot be read, more than "
+            f"{most_unreadable(len(images), whole)}; repair or replace them. The first: {unreadable[found[0]]}"
         )
 
 

@@ -17,6 +17,8 @@ from phantomgrad_hub.text import summarise
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
 """A repository of the Hub by its full name, `user/name`, as the Hub allows it."""
+HELD_OUT = "a held-out tenth"
+"""The `split` of data without a validation split."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_TEXT = 2000
 _LONG_TEXTS = ("terms", "details", "limits")
@@ -66,6 +68,8 @@ class Facts:
     """The same as a dataset repository of the Hub, `user/name`."""
     split: str | None = None
     """What `evaluation` was measured on: `validation`."""
+    held_out_seed: int | None = None
+    """The seed that chose the tenth of the data which the training held out; None where it held out none."""
     terms: str | None = None
     """The terms of the data."""
     license: str | None = None
@@ -92,6 +96,9 @@ class Facts:
         hours = self.hours
         if hours is not None and (type(hours) not in (int, float) or not 0 <= hours < 1e6):
             raise ConfigError(f"hours must be a number of at least 0, got {hours!r:.60}")
+        seed = self.held_out_seed
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise ConfigError(f"held_out_seed must be an integer of at least 0, got {seed!r:.60}")
         if self.data_id is not None and not REPOSITORY.fullmatch(self.data_id):
             raise ConfigError(f"data_id must be a dataset repository, user/name, got {self.data_id!r:.60}")
         if self.base is not None and not _is_base(self.base):

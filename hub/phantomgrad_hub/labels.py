@@ -88,6 +88,22 @@ def default_labels(count: int) -> tuple[ClassLabel, ...]:
     return tuple(ClassLabel(name=f"class {index}") for index in range(count))
 
 
+def plain_name(name: str) -> str:
+    """A name as it is compared: without regard to case, and with `_` for a space."""
+    return " ".join(name.replace("_", " ").split()).casefold()
+
+
+def check_distinct(labels: Iterable[ClassLabel]) -> None:
+    """Raise `LabelError` where the names of two classes differ only by case or `_` and no ids tell them apart."""
+    seen: dict[str, ClassLabel] = {}
+    for label in labels:
+        other = seen.setdefault(plain_name(label.name), label)
+        if other is not label and (other.id is None or label.id is None):
+            raise LabelError(
+                f"the classes {other.name!r} and {label.name!r} differ only by case or _. Rename one, or make them one class"
+            )
+
+
 def _parse(value: LabelLike) -> ClassLabel:
     if isinstance(value, ClassLabel):
         return value

@@ -74,10 +74,13 @@ def main() -> None:
         replace(CONFIG, shard=True, optimizer=OptimizerConfig(), ema_decay=0.0, accumulation=2),
     )
     run(data, out / "copied-sgd", replace(CONFIG, optimizer=OptimizerConfig(), ema_decay=0.0, accumulation=2))
-    try:
-        run(data, out / "infinite", replace(CONFIG, optimizer=OptimizerConfig(lr=1e30), clip=None))
-    except Exception as error:
-        (out / f"error-{state.process_index}").write_text(f"{type(error).__name__}: {error}")
+    run(data, out / "one-image", replace(CONFIG, epochs=1, validation_images=1))
+    infinite = replace(CONFIG, optimizer=OptimizerConfig(lr=1e30), clip=None)
+    for name, folder, config in (("infinite", data, infinite), ("unreadable", f"{data}-damaged", CONFIG)):
+        try:
+            run(folder, out / name, config)
+        except Exception as error:
+            (out / f"{name}-{state.process_index}").write_text(f"{type(error).__name__}: {error}")
     state.destroy_process_group()
 
 

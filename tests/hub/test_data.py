@@ -371,3 +371,44 @@ def test_imagenet_and_imagenette_as_torchvision_lays_them_out(tmp_path: Path) ->
     assert source.train.targets == list(range(10))
     assert source.labels[0].name == "tench"
     assert source.labels[0].id == "n01440764"
+
+
+def _folders(root: Path, *names: str) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for index in range(2):
+            picture(0, index).save(root / name / f"{index}.png")
+    return str(root)
+
+
+def _parquet_with(root: Path, *names: str) -> str:
+    write_parquet(root, "train", 2, names=names)
+    write_parquet(root, "validation", 1, names=names)
+    return str(root)
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat", "dog"), ("dog", "Hot_dog", "hot dog")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _folders,
+        _parquet_with,
+        lambda root, *names: f"stream:{_parquet_with(root, *names)}",
+    ],
+)
+def test_classes_that_differ_only_by_case_or_underscore_are_refused(tmp_path: Path, make, names) -> None:  # type: ignore[no-untyped-def]
+    where = make(tmp_path / "data", *names)
+    first, second = (name for name in names if name != "dog")
+    with pytest.raises(
+        DataError, match=rf"data: the classes '{first}' and '{second}' differ only by case or _\. Rename"
+    ):
+        open_source(where)
+
+
+def test_classes_with_wordnet_ids_of_their_own_may_share_a_name_but_for_case(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train", 2, names=("n1", "n2", "n3"))
+    rows = [
+        {"label": label, "wnid": f"n{label + 1}", "name": name} for label, name in enumerate(("crane", "Crane", "ox"))
+    ]
+    (tmp_path / "classes.json").write_text(json.dumps(rows))
+    assert [label.name for label in open_source(tmp_path).labels] == ["crane", "Crane", "ox"]

@@ -13,7 +13,7 @@ from small import pooled_config
 from phantomgrad import FixedPointIteration, attachments
 from phantomgrad_hub import MDEQ, ClassLabel
 from phantomgrad_hub.data import DataError, Source, Subset, open_source
-from phantomgrad_hub.evaluate import Evaluation, default_steps, evaluate, evaluate_images, match_classes
+from phantomgrad_hub.evaluate import Evaluation, default_steps, evaluate, evaluate_images, match_classes, ranks_of
 
 LABELS = tuple(ClassLabel(name=name, id=f"n{index}") for index, name in enumerate(sorted(NAMES)))
 
@@ -112,8 +112,8 @@ def test_classes_are_matched_by_identifier_then_name_never_by_position() -> None
 
 def test_names_are_compared_loosely_and_a_name_may_be_an_identifier() -> None:
     known = [ClassLabel(name="king penguin", id="n02056570"), ClassLabel(name="goldfish", id="n01443537")]
-    data = [ClassLabel(name="n01443537"), ClassLabel(name="King_Penguin"), ClassLabel(name="king  penguin", id="n9")]
-    assert match_classes(known, data) == [1, 0, 0]
+    assert match_classes(known, [ClassLabel(name="n01443537"), ClassLabel(name="King_Penguin")]) == [1, 0]
+    assert match_classes(known, [ClassLabel(name="king  penguin", id="n9")]) == [0]
     with pytest.raises(DataError, match="1 of 1 classes of the data are unknown to the model: 'kingpenguin'"):
         match_classes(known, [ClassLabel(name="kingpenguin")])
 
@@ -165,3 +165,43 @@ def test_a_few_unreadable_images_are_left_out_and_counted(model: MDEQ, tmp_path:
 def test_an_evaluation_of_nothing_is_refused(model: MDEQ, source: Source) -> None:
     with pytest.raises(DataError, match="there are no images to evaluate"):
         evaluate(model, Subset(source.validation, []), source.labels)
+
+
+def _with_head(model: MDEQ, weight: float, bias: float) -> MDEQ:
+    """The model with the same two numbers everywhere in its classifier."""
+    other = MDEQ(model.config, labels=LABELS)
+    with torch.no_grad():
+        other.head.classifier.weight.fill_(weight)
+        other.head.classifier.bias.fill_(bias)
+    return other
+
+
+@pytest.mark.parametrize("bias", [0.0, float("nan"), float("inf"), float("-inf")])
+def test_a_tie_and_a_logit_that_is_not_finite_are_wrong(model: MDEQ, source: Source, bias: float) -> None:
+    found = evaluate(_with_head(model, 0.0, bias), source.validation, source.labels, steps=(1, 6))
+    assert found.top1 == 0
+    assert found.accuracy_by_steps == {1: 0, 6: 0}
+    # Five guesses name every one of three classes, if they are guesses at all.
+    assert found.top5 == (1 if bias == 0 else 0)
+
+
+def test_an_infinite_logit_of_another_class_is_wrong_too() -> None:
+    infinite, finite = float("inf"), [3.0, 1.0, 2.0]
+    logits = torch.tensor([finite, [3.0, -infinite, 1.0], [3.0, 1.0, float("nan")], [3.0, 3.0, 1.0], finite])
+    ranks = ranks_of(logits, torch.tensor([0, 0, 0, 0, 1]))
+    assert (ranks < 1).tolist() == [True, False, False, False, False]
+    assert ranks[[0, 3, 4]].tolist() == [0, 1, 2]
+    assert (ranks[1:3] >= 5).all()
+
+
+def test_classes_that_differ_only_by_case_or_underscore_are_not_merged() -> None:
+    both = [ClassLabel(name="Cat"), ClassLabel(name="hot_dog"), ClassLabel(name="hot dog")]
+    assert match_classes(both, [ClassLabel(name="CAT")]) == [0]
+    message = "the model's classes 'hot_dog' and 'hot dog' differ only by case or _, so that 'Hot Dog' of the data may be either"
+    with pytest.raises(DataError, match=message):
+        match_classes(both, [ClassLabel(name="Cat"), ClassLabel(name="Hot Dog")])
+    message = "'cat' and 'Cat' of the data are one class of the model, 'Cat'"
+    with pytest.raises(DataError, match=message):
+        match_classes(both[:1], [ClassLabel(name="cat"), ClassLabel(name="Cat")])
+    named = [ClassLabel(name="Cat", id="n1"), ClassLabel(name="cat", id="n2")]
+    assert match_classes(named, named[::-1]) == [1, 0]

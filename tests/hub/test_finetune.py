@@ -478,7 +478,7 @@ def test_too_many_unreadable_photos_are_one_line(
     ]
     assert main([*command, *SMALL]) == 1
     error = capsys.readouterr().err
-    assert "1 training image of 15 cannot be read, more than 1%: " in error
+    assert "1 training image of 15 cannot be read, more than 1% of all 21: " in error
     assert "red/000.png" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()

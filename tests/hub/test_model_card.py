@@ -167,6 +167,8 @@ def test_figures_that_are_not_finite_survive_json(tmp_path: Path) -> None:
         ({"terms": "x" * 2001}, "terms must be a text"),
         ({"hours": -1}, "hours must be a number"),
         ({"hours": True}, "hours must be a number"),
+        ({"held_out_seed": -1}, "held_out_seed must be an integer of at least 0"),
+        ({"held_out_seed": True}, "held_out_seed must be an integer of at least 0"),
         ({"license": "MIT License"}, "license must be an identifier"),
         ({"license_link": "javascript:alert(1)"}, "license_link must be an address"),
         ({"title": "a\n# b"}, "title must be a text"),

@@ -14,7 +14,7 @@ from images import NAMES, write_parquet
 from processes_worker import CONFIG
 from safetensors.torch import load_file
 
-from phantomgrad_hub.data import DataError, Source, open_source
+from phantomgrad_hub.data import DataError, Source, open_source, streaming
 from phantomgrad_hub.data.streaming import StreamedImages, StreamedTraining
 from phantomgrad_hub.train import train
 from phantomgrad_hub.train.loader import StreamedBatches
@@ -62,9 +62,9 @@ def _sent(split: StreamedImages) -> StreamedImages:
     return other
 
 
-def _drawn(split: StreamedImages, epoch: int, process: int = 0, processes: int = 1, skip: int = 0) -> list[bytes]:
+def _drawn(split: StreamedImages, epoch: int, process: int = 0, processes: int = 1) -> list[bytes]:
     samples = StreamedTraining(split, lambda image: image, seed=3, process=process, processes=processes)
-    samples.start(epoch, 0, skip)
+    samples.start(epoch, 0)
     return [image.numpy().tobytes() for image, _, _ in samples]
 
 
@@ -76,7 +76,6 @@ def test_every_process_reads_a_share_in_an_order_of_the_epochs_own(folder: Path)
     assert whole == _drawn(split, 0)
     assert whole != _drawn(split, 1)
     assert sorted(whole) == sorted(_drawn(split, 1))
-    assert whole[7:] == _drawn(split, 0, skip=7)
     halves = [_drawn(split, 0, process, 2) for process in range(2)]
     assert [len(half) for half in halves] == [27, 27]
     assert sorted(halves[0] + halves[1]) == sorted(whole)
@@ -124,6 +123,75 @@ def test_worker_processes_read_every_image_once(folder: Path) -> None:
     assert len(batches) == 9
     found = [image.numpy().tobytes() for images, _, _ in batches.epoch(0, 0) for image in images]
     assert sorted(found) == sorted(_drawn(split, 0))
+
+
+def _shards(folder: Path, *counts: int) -> StreamedImages:
+    """A stream of as many files, with so many images of each class."""
+    for file in folder.glob("train-*"):
+        file.unlink()
+    for number, count in enumerate(counts):
+        write_parquet(folder, "train", count, first=20 * number)
+        (folder / "train-00000-of-00001.parquet").rename(folder / f"train-{number}.parquet")
+    return _split(open_source(f"stream:{folder}"))
+
+
+def _batches(split: StreamedImages, workers: int, size: int = 3) -> StreamedBatches:
+    from accelerate import Accelerator
+
+    return StreamedBatches(replace(CONFIG, batch_size=size, workers=workers), split, 16, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("counts", "workers"), [((6,), 0), ((6,), 2), ((3, 3), 2), ((3, 3), 3), ((2, 3, 2), 2)], ids=str
+)
+def test_an_epoch_goes_on_after_any_batch_whatever_the_workers(
+    folder: Path,
+    counts: tuple[int, ...],
+    workers: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    batches = _batches(_shards(folder, *counts), workers)
+    whole = [(images.numpy().tobytes(), targets.tolist()) for images, targets, _ in batches.epoch(0, 0)]
+    assert len(whole) == len(batches) == sum(counts)
+    for skip in (1, 2, 4):
+        rest = [(images.numpy().tobytes(), targets.tolist()) for images, targets, _ in batches.epoch(0, skip)]
+        assert rest == whole[skip:]
+    assert not caplog.messages
+
+
+def test_what_is_left_out_is_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    decode = streaming._decode
+
+    def counted(data: bytes, name: str) -> Any:
+        decoded.append(name)
+        return decode(data, name)
+
+    batches = _batches(_split(open_source(f"stream:{folder}")), 0, size=9)
+    monkeypatch.setattr("phantomgrad_hub.data.streaming._decode", counted)
+    assert len(list(batches.epoch(0, 4))) == 2
+    assert len(decoded) == 18
+
+
+def test_unreadable_images_are_judged_by_the_workers_that_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = _shards(folder, 20)
+    monkeypatch.setattr("phantomgrad_hub.data.streaming.MOST_UNREADABLE", 0.05)  # of 60, all read by one of the workers
+    decode, bad = streaming._decode, [1, 5, 7]
+
+    def spoilt(data: bytes, name: str) -> Any:
+        if any(name.startswith(f"{folder} train image {index} ") for index in bad):
+            raise DataError("no image")
+        return decode(data, name)
+
+    monkeypatch.setattr("phantomgrad_hub.data.streaming._decode", spoilt)
+    assert sum(int(replaced.sum()) for _, _, replaced in list(_batches(split, 2).epoch(0, 0))[:19]) == 3
+    bad.append(9)
+    with pytest.raises(DataError, match="4 training images of this process cannot be read, more than 5%"):
+        list(_batches(split, 2).epoch(0, 0))
 
 
 def test_a_share_that_ends_early_goes_on_in_another_order(folder: Path) -> None:

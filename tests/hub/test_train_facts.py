@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,48 @@ def test_a_finished_run_tells_its_card(data: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(["evaluate", "embedded", "--data", str(data), "--card"]) == 2
     assert "--card writes to the checkpoint's folder" in capsys.readouterr().err
+
+
+def test_the_tenth_that_a_training_held_out_is_the_one_that_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run, copy = tmp_path / "insects", tmp_path / "run", tmp_path / "copy"
+    write_folder(data, 12)
+    command = ["train", "tiny_imagenet", "--data", str(data), "--out", str(run), "--device=cpu", "--no-progress"]
+    assert main([*command, *(word for setting in [*SMALL, "seed=5"] for word in ("--set", setting))]) == 0
+    stored = json.loads((run / "result.json").read_text())
+    assert json.loads((run / "best" / "card.json").read_text())["held_out_seed"] == 5
+    shutil.copytree(run / "best", copy)
+
+    def measured(checkpoint: Path, *options: str) -> dict[str, Any]:
+        arguments = ["evaluate", str(checkpoint), "--data", str(data), "--no-progress", *options]
+        capsys.readouterr()
+        assert main([*arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(arguments) == 0
+        return {**found, "line": capsys.readouterr().out.splitlines()[0].split("; ", 1)[1]}
+
+    # From its card, and while there is none, as of `last`, from the run's configuration.
+    for checkpoint in (copy, run / "best", run / "last"):
+        found = measured(checkpoint)
+        assert found["seed"] == 5
+        assert found["line"] == "measured on the held-out tenth of seed 5, that of the training"
+    assert {key: measured(run / "best")[key] for key in stored} == stored
+    other = measured(copy, "--seed", "0")
+    assert other["seed"] == 0
+    assert other["line"] == "measured on the held-out tenth of seed 0; that of the training is of seed 5"
+    assert other["residual_median"] != stored["residual_median"]
+    train = measured(copy, "--split", "train")
+    assert (train["count"], train["seed"]) == (33, 5)
+    assert train["line"] == "measured on all but the held-out tenth of seed 5, that of the training"
+    everything = measured(copy, "--split", "all")
+    assert (everything["seed"], everything["line"]) == (None, "measured on all")
+    (copy / "card.json").unlink()
+    unknown = measured(copy, "--card")
+    assert (unknown["seed"], unknown["line"]) == (0, "measured on the held-out tenth of seed 0")
+    card = json.loads((copy / "card.json").read_text())
+    assert card["split"] == "a held-out tenth"
+    assert "held_out_seed" not in card
 
 
 @pytest.mark.parametrize("fetched", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_folder(folder / "train", 18)
     write_folder(folder / "val", 4, first=50)
+    damaged = folder.with_name(f"{folder.name}-damaged")
+    shutil.copytree(folder, damaged)
+    (damaged / "val" / "blue" / "051.png").write_bytes(b"garbage")
     return folder
 
 
@@ -93,9 +97,21 @@ def test_a_sharded_run_goes_on_in_one_process(runs: Path, data: Path, tmp_path: 
 
 
 def test_a_loss_that_is_not_finite_ends_every_process_with_the_same_line(runs: Path) -> None:
-    lines = {(runs / f"error-{rank}").read_text() for rank in range(2)}
+    lines = {(runs / f"infinite-{rank}").read_text() for rank in range(2)}
     assert len(lines) == 1
     assert lines.pop().startswith("TrainingError: the loss became nan by step")
+
+
+def test_a_process_without_an_image_to_validate_takes_part(runs: Path) -> None:
+    records = [json.loads(line) for line in (runs / "one-image" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["count"] for record in records if record["type"] == "validation"] == [1]
+    assert json.loads((runs / "one-image" / "result.json").read_text())["count"] == 12
+
+
+def test_too_many_unreadable_images_of_one_process_end_all_with_the_same_line(runs: Path) -> None:
+    lines = {(runs / f"unreadable-{rank}").read_text() for rank in range(2)}
+    assert len(lines) == 1
+    assert lines.pop().startswith("DataError: 1 of 6 images to evaluate cannot be read, more than 1% of all 66; ")
 
 
 def test_fp16_is_not_sharded() -> None:

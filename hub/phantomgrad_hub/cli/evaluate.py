@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import (
     DATA_HELP,
@@ -19,6 +20,9 @@ from .common import (
     step_counts,
     table,
 )
+
+if TYPE_CHECKING:
+    from phantomgrad_hub.facts import Facts
 
 
 def add_parser(commands: Any) -> None:
@@ -40,7 +44,10 @@ def add_parser(commands: Any) -> None:
         help="which photos; validation by default, a held-out tenth where there is no such split",
     )
     parser.add_argument(
-        "--seed", type=seed, default=0, help="the seed of the training, which decides what a held-out tenth is (0)"
+        "--seed",
+        type=seed,
+        default=None,
+        help="what chooses a held-out tenth; by default the seed of the checkpoint's training, 0 where it is not known",
     )
     parser.add_argument(
         "--steps",
@@ -64,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from phantomgrad_hub.data import DataError, Joined, open_source
     from phantomgrad_hub.evaluate import BATCH_SIZE, default_steps, evaluate
     from phantomgrad_hub.extras import require
+    from phantomgrad_hub.facts import HELD_OUT
     from phantomgrad_hub.files import EMBEDDED, write_facts
     from phantomgrad_hub.models.mdeq import MDEQ
 
@@ -72,7 +80,10 @@ def run(options: argparse.Namespace) -> int:
             f"--card writes to the checkpoint's folder, and {options.checkpoint} is none of yours; `pull` makes one"
         )
     model = MDEQ.from_pretrained(options.checkpoint).to(default_device(options.device))
-    source = open_source(options.data, seed=options.seed)
+    trained = _training_seed(model.facts, options.checkpoint)
+    seed = next((known for known in (options.seed, trained) if known is not None), 0)
+    source = open_source(options.data, seed=seed)
+    tenth = source.held_out and options.split != "all"
     if options.split == "all":
         images = Joined(source.train, source.validation)
     else:
@@ -91,16 +102,19 @@ def run(options: argparse.Namespace) -> int:
             progress=lambda done, total: bar.update(done - bar.n),
         )
     if options.card:
-        facts = replace(
-            model.facts, data=model.facts.data or source.name or None, split=options.split, evaluation=found
-        )
+        split = HELD_OUT if tenth and options.split == "validation" else options.split
+        facts = replace(model.facts, data=model.facts.data or source.name or None, split=split, evaluation=found)
         write_facts(Path(options.checkpoint), facts)
     if options.json:
-        print_json(
-            {"checkpoint": options.checkpoint, "data": source.description, "split": options.split, **found.to_dict()}
-        )
+        place = {"split": options.split, "seed": seed if tenth else None}
+        print_json({"checkpoint": options.checkpoint, "data": source.description, **place, **found.to_dict()})
         return 0
-    print(f"{source.description}; measured on {options.split}")
+    measured = options.split
+    if tenth:
+        of_training = "" if trained is None else f"; that of the training is of seed {trained}"
+        measured = f"the held-out tenth of seed {seed}{', that of the training' if seed == trained else of_training}"
+        measured = measured if options.split == "validation" else f"all but {measured}"
+    print(f"{source.description}; measured on {measured}")
     rows = [
         ("photos", str(found.count)),
         ("top-1", f"{found.top1:.2%}"),
@@ -122,3 +136,15 @@ def run(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _training_seed(facts: Facts, checkpoint: str) -> int | None:
+    """The seed that chose what the training held out, from the card or, before the run ends, from the run's folder."""
+    if facts.held_out_seed is not None or not Path(checkpoint).is_dir():
+        return facts.held_out_seed
+    try:
+        stored = json.loads((Path(checkpoint).resolve().parent / "config.json").read_text(encoding="utf-8"))
+        seed = stored["config"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError):  # it lies in no run
+        return None
+    return seed if type(seed) is int and seed >= 0 else None

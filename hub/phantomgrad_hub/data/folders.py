@@ -84,13 +84,18 @@ def said_of(ignored: Iterable[str]) -> str:
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files in `folder`, sorted, without the hidden ones."""
+    """The names of the folders and of the files in `folder`, sorted, without the hidden ones; raises `DataError`."""
     folders: list[str] = []
     files: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith((".", "__")):
-                (folders if entry.is_dir() else files).append(entry.name)
+    place = folder
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                place = folder / entry.name
+                if not entry.name.startswith((".", "__")):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error.strerror}; make it readable, or remove it.") from error
     return sorted(folders), sorted(files)
 
 

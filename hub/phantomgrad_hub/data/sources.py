@@ -12,7 +12,7 @@ import torch
 
 from phantomgrad_hub.errors import ImageError, LabelError
 from phantomgrad_hub.extras import require
-from phantomgrad_hub.labels import ClassLabel, imagenet_labels, parse_labels
+from phantomgrad_hub.labels import ClassLabel, check_distinct, imagenet_labels, parse_labels
 from phantomgrad_hub.photos import read_photo
 from phantomgrad_hub.text import summarise
 
@@ -56,6 +56,13 @@ class Source:
     """What the data is called: `CIFAR-10`, a dataset repository, or the last part of the folder's path."""
     held_out: bool = False
     """Whether the validation images are a part of those given for training, set apart."""
+    class_folders: tuple[Path, ...] = ()
+    """The folders whose subfolders are classes, or would be if they were there."""
+
+    @property
+    def count(self) -> int:
+        """How many images there are in both splits."""
+        return len(self.train) + len(self.validation)
 
 
 class ParquetImages:
@@ -70,7 +77,7 @@ class ParquetImages:
         try:
             rows = datasets.Dataset.from_parquet([str(file) for file in files])
         except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a damaged file
-            raise DataError(f"{files[0].parent}: cannot read {files[0].name}: {_first_line(error)}.") from error
+            raise unreadable_file(_first_damaged(files), error) from error
         finally:
             if shows_progress:
                 datasets.enable_progress_bars()
@@ -107,6 +114,7 @@ class FolderImages:
 
     def __init__(self, root: Path, *, empty: bool = False) -> None:
         found = scan_classes(root, empty=empty)
+        self.root = root
         self.class_names: tuple[str, ...] = found.names
         self.ignored = found.ignored
         """Files that are no photos or lie beside the class folders, relative to `root`."""
@@ -179,6 +187,9 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
     from .streaming import is_repository, open_stream
 
     prefix, separator, rest = str(path).partition(":")
+    known = bool(separator) and prefix in (*LIBRARY, "stream")
+    if not (rest if known else str(path)).strip():
+        raise DataError(f"dataset {str(path)!r} names no folder; give one of parquet files, or of {LAYOUT}.")
     if separator and prefix in LIBRARY:
         return open_library(prefix, Path(rest))
     if separator and prefix == "stream":
@@ -192,6 +203,9 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         raise DataError(f"dataset {root} {what}; give a folder of parquet files, or of {LAYOUT}.")
     parquet = sorted(root.glob("*.parquet"))
     train, validation, notes = _open_parquet(root, parquet) if parquet else _open_folders(root)
+    folders: tuple[Path, ...] = ()
+    if isinstance(train, FolderImages):
+        folders = (root,) if train.root == root else tuple(root / name for name in ("train", *VALIDATION_NAMES))
     names = train.class_names
     if names is None:
         names = tuple(str(row["label"]) for row in _class_table(root))
@@ -210,6 +224,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
             f"validation{notes}",
             name=root.resolve().name,
             held_out=True,
+            class_folders=folders,
         )
     _check_targets(validation, len(validation.class_names or labels), root)
     renumbered = _renumbered(validation, names, root)
@@ -222,6 +237,7 @@ def open_source(path: str | Path, *, seed: int = 0) -> Source:
         labels=labels,
         description=f"{root}: {len(train)} training images of {classes}, {len(validation)} for validation{notes}",
         name=root.resolve().name,
+        class_folders=folders,
     )
 
 
@@ -260,9 +276,14 @@ def _class_table(root: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return sorted(({"label": int(row["label"]), **row} for row in rows), key=lambda row: row["label"])
+        table = sorted(({"label": int(row["label"]), **row} for row in rows), key=lambda row: row["label"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not a list of rows with label, wnid and name: {_first_line(error)}.") from error
+    for row in table:
+        name = row.get("name", row["label"])
+        if not (type(name) is int or (isinstance(name, str) and name.strip())):
+            raise DataError(f"{file}: the name of class {row['label']} must be a text, not {name!r:.60}.")
+    return table
 
 
 def _labels(root: Path, names: tuple[str, ...]) -> tuple[ClassLabel, ...]:
@@ -277,7 +298,9 @@ def _labels(root: Path, names: tuple[str, ...]) -> tuple[ClassLabel, ...]:
             else known.get(name, ClassLabel(name=name))
             for name in names
         ]
-        return parse_labels(labels)
+        parsed = parse_labels(labels)
+        check_distinct(parsed)
+        return parsed
     except LabelError as error:
         raise DataError(f"{root}: {error}.") from error
 
@@ -317,6 +340,22 @@ def _hold_out(targets: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
     return [index for index in range(len(targets)) if index not in chosen], sorted(held_out)
 
 
+def unreadable_file(file: Path, error: Exception) -> DataError:
+    """What to say of a parquet file that pyarrow does not read."""
+    return DataError(f"{file.parent}: cannot read {file.name}: {_first_line(error)}. Fetch or write it again.")
+
+
+def _first_damaged(files: Sequence[Path]) -> Path:
+    """The first of the parquet files whose metadata cannot be read, or else the first of all."""
+    parquet = require("pyarrow.parquet", "train")
+    for file in files:
+        try:
+            parquet.read_metadata(file)
+        except Exception:  # as above
+            return file
+    return files[0]
+
+
 def _decode(data: bytes, name: str) -> Image:
     try:
         return read_photo(data)
@@ -325,4 +364,4 @@ def _decode(data: bytes, name: str) -> Image:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

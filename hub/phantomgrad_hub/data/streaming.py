@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from phantomgrad_hub.errors import LabelError
 from phantomgrad_hub.extras import require
-from phantomgrad_hub.labels import ClassLabel, parse_labels
+from phantomgrad_hub.labels import ClassLabel, check_distinct, parse_labels
 
 from .errors import DataError
 from .seeds import derive_seed
-from .sources import VALIDATION_NAMES, Source, _decode
+from .sources import VALIDATION_NAMES, Source, _decode, _first_line, unreadable_file
 from .transforms import MOST_UNREADABLE, Transform, to_uint8
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ class StreamedImages:
     def targets(self) -> list[int]:
         """The class indices, for which the column of labels is read to its end once."""
         if self._targets is None:
-            self._targets = [int(row[self._label]) for row in self._open([self._label])]
+            with self.reading():
+                self._targets = [int(row[self._label]) for row in self._open([self._label])]
         return self._targets
 
     def rows(self, *, seed: int | None = None, process: int = 0, processes: int = 1) -> Any:
@@ -77,6 +80,18 @@ class StreamedImages:
             rows = require("datasets.distributed", "train").split_dataset_by_node(rows, process, processes)
         return rows
 
+    @contextmanager
+    def reading(self) -> Generator[None, None, None]:
+        """What goes wrong while rows are read, as a `DataError`."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow, datasets and the Hub's client raise a dozen unrelated types
+            raise DataError(
+                f"{self._name} cannot be read: {_first_line(error)}. Check the file, or the connection to the Hub."
+            ) from error
+
     def name(self, index: int) -> str:
         return f"{self._name} image {index}"
 
@@ -86,7 +101,8 @@ class StreamedImages:
             if index < self._position and index not in self._kept:
                 self._rewind()
             while self._position <= index:
-                self._kept[self._position] = next(self._stream)["image"]
+                with self.reading():
+                    self._kept[self._position] = next(self._stream)["image"]
                 self._kept.pop(self._position - _KEPT, None)
                 self._position += 1
             record = self._kept[index]
@@ -109,19 +125,40 @@ class StreamedTraining(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
     """One process's share of a streamed split as augmented samples.
 
     A sample is an image `(3, size, size)` uint8, its class index, and whether it stands for images that could not be read: the
-    next readable one comes in their place. The order depends on the seed, the epoch and the round only.
+    next readable one comes in their place, and more than this share of 1 % of `whole` images, or of the split, raise a
+    `DataError`. The order depends on the seed, the epoch and the round only.
     """
 
-    def __init__(self, split: StreamedImages, transform: Transform, *, seed: int, process: int, processes: int) -> None:
+    def __init__(
+        self,
+        split: StreamedImages,
+        transform: Transform,
+        *,
+        seed: int,
+        process: int,
+        processes: int,
+        whole: int | None = None,
+    ) -> None:
         self._split = split
+        self._whole = len(split) if whole is None else whole
         self._transform = transform
         self._seed = seed
         self._process, self._processes = process, processes
-        self._epoch = self._round = self._skip = 0
+        self._epoch = self._round = self._blank_batches = 0
+        self._size = 1
 
-    def start(self, epoch: int, turn: int, skip: int) -> None:
-        """Take the order of this epoch and turn, and leave out the first `skip` samples without decoding them."""
-        self._epoch, self._round, self._skip = epoch, turn, skip
+    def start(self, epoch: int, turn: int, blank_batches: int = 0, size: int = 1) -> None:
+        """Take the order of this epoch and turn.
+
+        Images of the first `blank_batches` batches of `size` samples come blank and are not decoded. They do come, so that
+        the workers take turns as ever: which of them made a batch depends on which of them still have images.
+        """
+        self._epoch, self._round = epoch, turn
+        self._blank_batches, self._size = blank_batches, size
+
+    def most_workers(self) -> int:
+        """How many workers have something to read: each file is read by one."""
+        return self._split.rows(process=self._process, processes=self._processes).num_shards
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         worker = get_worker_info()
@@ -129,8 +166,10 @@ class StreamedTraining(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
         seed = derive_seed(self._seed, "order", self._epoch, self._round) % 2**32
         rows = self._split.rows(seed=seed, process=self._process, processes=self._processes)
         unreadable, replaced = 0, False
-        for position, row in enumerate(rows):
-            if position < self._skip // workers:
+        blank = self._size * len(range(number, self._blank_batches, workers))
+        for position, row in enumerate(self._read(rows)):
+            if position < blank:
+                yield torch.zeros(3, 1, 1, dtype=torch.uint8), torch.tensor(row["label"]), torch.tensor(False)
                 continue
             try:
                 image = to_uint8(
@@ -138,7 +177,7 @@ class StreamedTraining(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
                 )
             except DataError as error:
                 unreadable, replaced = unreadable + 1, True
-                if unreadable > MOST_UNREADABLE * len(self._split) / (self._processes * workers):
+                if unreadable > MOST_UNREADABLE * self._whole / (self._processes * workers):
                     raise DataError(
                         f"{unreadable} training images of this process cannot be read, more than {MOST_UNREADABLE:.0%}. "
                         f"The last: {error}"
@@ -150,6 +189,16 @@ class StreamedTraining(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
                 varied = self._transform(image)
             yield varied, torch.tensor(row["label"]), torch.tensor(replaced)
             replaced = False
+
+    def _read(self, rows: Any) -> Iterator[Any]:
+        with self._split.reading():
+            stream = iter(rows)
+        while True:
+            with self._split.reading():
+                row = next(stream, None)
+            if row is None:
+                return
+            yield row
 
 
 def is_repository(name: str) -> bool:
@@ -166,10 +215,15 @@ def open_stream(where: str) -> Source:
     train, validation = _open_folder(folder) if folder.is_dir() else _open_repository(where)
     if validation.class_names != train.class_names:
         raise DataError(f"{where}: the splits have different class names.")
+    try:
+        labels = parse_labels(_unique(train.class_names))
+        check_distinct(labels)
+    except LabelError as error:
+        raise DataError(f"{where}: {error}.") from error
     return Source(
         train=train,
         validation=validation,
-        labels=parse_labels(_unique(train.class_names)),
+        labels=labels,
         description=f"{where}: {len(train)} training images, {len(validation)} for validation, streamed",
         name=folder.resolve().name if folder.is_dir() else where,
     )
@@ -194,7 +248,12 @@ def _open_folder(folder: Path) -> tuple[StreamedImages, StreamedImages]:
         ]
         if not files:
             return None
-        count = sum(parquet.read_metadata(file).num_rows for file in files)
+        count = 0
+        for file in files:
+            try:
+                count += parquet.read_metadata(file).num_rows
+            except Exception as error:  # pyarrow raises a dozen unrelated types for a damaged file
+                raise unreadable_file(Path(file), error) from error
         return StreamedImages(
             lambda columns: datasets.IterableDataset.from_parquet(files, columns=columns), f"{folder} {name}", count
         )

@@ -117,16 +117,26 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     `__getitems__(indices)` gives the whole batch: images `(B, 3, size, size)` uint8, class indices `(B,)` int64, and which
     of them `(B,)` bool stand for an unreadable image, for a loader whose `collate_fn` is `keep_batch`. Every image is drawn
-    from `(seed, epoch, index)` alone. In the place of an unreadable image comes the next readable one, with its class.
+    from `(seed, epoch, index)` alone. In the place of an unreadable image comes the next readable one, with its class; more
+    than 1 % of them raise a `DataError`, of `whole` images where that is given.
     """
 
-    def __init__(self, split: ImageSplit, transform: Transform, *, seed: int, memory_gib: float = 4.0) -> None:
+    def __init__(
+        self,
+        split: ImageSplit,
+        transform: Transform,
+        *,
+        seed: int,
+        memory_gib: float = 4.0,
+        whole: int | None = None,
+    ) -> None:
         self._split = split
+        self._whole = whole
         self._transform = transform
         self._seed = seed
         self._epoch = 0
         self._targets = torch.tensor(split.targets, dtype=torch.int64)
-        self._decoded, self.unreadable = decode_all(split, memory_gib=memory_gib)
+        self._decoded, self.unreadable = decode_all(split, memory_gib=memory_gib, whole=whole)
         """Why an image could not be read, by its index, as far as is known; workers have records of their own."""
 
     def __len__(self) -> int:
@@ -165,7 +175,7 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 return source, to_uint8(self._split.image(source))
             except DataError as error:
                 self.unreadable[source] = error
-                check_unreadable(self._split, self.unreadable)
+                check_unreadable(self._split, self.unreadable, self._whole)
         raise DataError("no training image can be read")
 
 
@@ -175,27 +185,38 @@ def keep_batch(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Te
 
 
 MOST_UNREADABLE = 0.01
-"""The fraction of unreadable images above which training stops."""
+"""The fraction of unreadable images above which a training or an evaluation stops."""
 
 
-def check_unreadable(split: ImageSplit, unreadable: Mapping[int, DataError]) -> None:
-    """Raise a `DataError` that counts and names them where more than `MOST_UNREADABLE` of `split` cannot be read."""
-    if len(unreadable) <= MOST_UNREADABLE * len(split):
+def check_unreadable(split: ImageSplit, unreadable: Mapping[int, DataError], whole: int | None = None) -> None:
+    """Raise a `DataError` that counts and names them where more than `MOST_UNREADABLE` of `split` cannot be read.
+
+    Of `whole` images where that is given: those of the dataset to which the split belongs.
+    """
+    whole = len(split) if whole is None else whole
+    if len(unreadable) <= MOST_UNREADABLE * whole:
         return
     found = sorted(unreadable)
     names = summarise((split.name(index) for index in found), 5)
     first = unreadable[found[0]]
     count = f"{len(found)} training images" if len(found) > 1 else "1 training image"
     raise DataError(
-        f"{count} of {len(split)} cannot be read, more than {MOST_UNREADABLE:.0%}: {names}. The first: {first}"
+        f"{count} of {len(split)} cannot be read, more than {most_unreadable(len(split), whole)}: {names}. The first: {first}"
     ) from first
 
 
-def decode_all(split: ImageSplit, *, memory_gib: float) -> tuple[Tensor | None, dict[int, DataError]]:
+def most_unreadable(count: int, whole: int) -> str:
+    """The limit in words, for `count` images out of `whole`."""
+    return f"{MOST_UNREADABLE:.0%}" + (f" of all {whole}" if whole != count else "")
+
+
+def decode_all(
+    split: ImageSplit, *, memory_gib: float, whole: int | None = None
+) -> tuple[Tensor | None, dict[int, DataError]]:
     """All images as uint8 `(N, 3, H, W)`, or None where their sizes differ or they exceed `memory_gib`; and which of
     those that were tried could not be read.
 
-    Raises `DataError` where these are too many.
+    Raises `DataError` where these are too many, as `check_unreadable` has it.
     """
     unreadable: dict[int, DataError] = {}
 
@@ -207,7 +228,7 @@ def decode_all(split: ImageSplit, *, memory_gib: float) -> tuple[Tensor | None, 
             return None
 
     first = next((image for index in range(len(split)) if (image := read(index)) is not None), None)
-    check_unreadable(split, unreadable)
+    check_unreadable(split, unreadable, whole)
     if first is None or len(split) * first.numel() > memory_gib * 2**30:
         return None, unreadable
     decoded = torch.empty((len(split), *first.shape), dtype=torch.uint8)
@@ -225,7 +246,7 @@ def decode_all(split: ImageSplit, *, memory_gib: float) -> tuple[Tensor | None, 
     blocks = [range(start, min(start + 1024, len(split))) for start in range(0, len(split), 1024)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         same = all(pool.map(decode, blocks))
-    check_unreadable(split, unreadable)
+    check_unreadable(split, unreadable, whole)
     return (decoded if same else None), unreadable
 
 

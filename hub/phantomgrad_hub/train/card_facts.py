@@ -7,7 +7,7 @@ from typing import Any
 
 from phantomgrad_hub.data.sources import Source
 from phantomgrad_hub.evaluation import Evaluation
-from phantomgrad_hub.facts import REPOSITORY, Facts
+from phantomgrad_hub.facts import HELD_OUT, REPOSITORY, Facts
 
 from .config import TrainConfig
 from .recipes import RECIPES
@@ -26,11 +26,12 @@ def training_facts(
 ) -> Facts:
     """The facts of a run of `config`, which took so many hours on `machine`. No folder of the machine is named."""
     on_hub = REPOSITORY.fullmatch(source.name) is not None
-    split = "a held-out tenth" if source.held_out else "validation"
+    split = HELD_OUT if source.held_out else "validation"
     return Facts(
         data=source.name or None,
         data_id=source.name if on_hub else None,
         split=split,
+        held_out_seed=config.seed if source.held_out else None,
         command=_command(config, recipe, base, source.name if on_hub else "FOLDER"),
         machine=machine,
         hours=float(f"{hours:.3g}"),

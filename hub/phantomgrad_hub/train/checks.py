@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from phantomgrad_hub.data.errors import DataError
 from phantomgrad_hub.data.sources import Source
 from phantomgrad_hub.text import summarise
@@ -10,11 +13,14 @@ from .config import TrainConfig
 from .errors import TrainingError
 
 
-def check_source(config: TrainConfig, source: Source) -> None:
+def check_source(config: TrainConfig, source: Source, out: str | Path | None = None) -> None:
     """Raise one line that says what to do where `source` has too few classes, or too few images for a batch.
 
-    A class is too small as well where its only image cannot be both trained on and held out.
+    A class is too small as well where its only image cannot be both trained on and held out. A run in `out` must not lie
+    where it would change the data.
     """
+    if out is not None:
+        _check_place(Path(out), source.class_folders)
     count = len(source.train)
     if len(source.labels) == 1:
         raise DataError(
@@ -31,6 +37,14 @@ def check_source(config: TrainConfig, source: Source) -> None:
     if count < config.batch_size:
         raise TrainingError(
             f"{count} training images do not fill one batch of {config.batch_size}; add --set batch_size={_fitting(count)}"
+        )
+
+
+def _check_place(out: Path, class_folders: Sequence[Path]) -> None:
+    place = out.resolve()
+    if folder := next((folder for folder in class_folders if place.is_relative_to(folder.resolve())), None):
+        raise TrainingError(
+            f"{out} would become a part of the data: the subfolders of {folder} are its classes. Give a folder elsewhere."
         )
 
 

@@ -128,7 +128,8 @@ class TrainConfig:
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     validation_images: int | None = None
-    """How many validation images are used during training; None takes all. All are used at the end."""
+    """How many validation images, evenly spaced over the classes, are used during training; None takes all. All are used at
+    the end."""
     validation_batch_size: int = 100
     checkpoint_minutes: float = 10.0
     """A checkpoint is written at least this often, and after every epoch."""

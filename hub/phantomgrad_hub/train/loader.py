@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -45,7 +46,7 @@ def training_batches(config: TrainConfig, source: Source, size: int, accelerator
     if len(split) < images:
         raise TrainingError(f"{len(split)} training images do not fill one batch of {images}; set batch_size lower.")
     kind = StreamedBatches if isinstance(split, StreamedImages) else IndexedBatches
-    return kind(config, split, size, accelerator)  # pyright: ignore[reportArgumentType]
+    return kind(config, split, size, accelerator, source.count)  # pyright: ignore[reportArgumentType]
 
 
 class EpochSampler(Sampler[int]):
@@ -71,9 +72,11 @@ class EpochSampler(Sampler[int]):
 class IndexedBatches:
     """Batches of a split in memory or on disk; the same ones whenever an epoch is asked for."""
 
-    def __init__(self, config: TrainConfig, split: ImageSplit, size: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainConfig, split: ImageSplit, size: int, accelerator: Accelerator, whole: int | None = None
+    ) -> None:
         transform = train_transform(config.augmentation, size)
-        self._images = TrainingImages(split, transform, seed=config.seed, memory_gib=config.memory_gib)
+        self._images = TrainingImages(split, transform, seed=config.seed, memory_gib=config.memory_gib, whole=whole)
         self._sampler = EpochSampler(len(split), config.seed)
         self._accelerator = accelerator
         loader = DataLoader(
@@ -101,7 +104,9 @@ class StreamedBatches:
     that goes on with its share in another order.
     """
 
-    def __init__(self, config: TrainConfig, split: StreamedImages, size: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainConfig, split: StreamedImages, size: int, accelerator: Accelerator, whole: int | None = None
+    ) -> None:
         self._device = accelerator.device
         self._samples = StreamedTraining(
             split,
@@ -109,27 +114,30 @@ class StreamedBatches:
             seed=config.seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
+            whole=whole,
         )
         self._size = config.batch_size
         batches = len(split) // (config.batch_size * accelerator.num_processes)
         self._length = max(batches - batches % config.accumulation, min(batches, config.accumulation))
-        self._loader: DataLoader[Any] = DataLoader(self._samples, **_loading(config))
+        # More would only be started and ended, and `datasets` warns of them.
+        workers = min(config.workers, self._samples.most_workers())
+        self._loader: DataLoader[Any] = DataLoader(self._samples, **_loading(replace(config, workers=workers)))
 
     def __len__(self) -> int:
         return self._length
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Batch]:
-        made, turn = skip, 0
+        made, turn = 0, 0
         while made < self._length:
             before = made
-            # Where the share ends within the batches left out the first turn is empty, and the second takes their place.
-            self._samples.start(epoch, turn, (skip if turn == 0 else 0) * self._size)
+            self._samples.start(epoch, turn, max(skip - made, 0), self._size)
             for images, targets, replaced in self._loader:
-                yield images.to(self._device), targets.to(self._device), replaced.to(self._device)
                 made += 1
+                if made > skip:
+                    yield images.to(self._device), targets.to(self._device), replaced.to(self._device)
                 if made == self._length:
                     return
-            if made == before and turn > 0:
+            if made == before:
                 raise DataError(f"this process's share of the stream does not fill one batch of {self._size}.")
             turn += 1
 

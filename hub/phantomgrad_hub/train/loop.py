@@ -74,7 +74,7 @@ def train(
     resuming needs. SIGTERM and Ctrl-C save and return. Raises `TrainingError` where `out` holds another run, or where
     the loss stops being finite.
     """
-    check_source(config, source)
+    check_source(config, source, out)
     accelerator = _accelerator(config, out, cpu)
     run = RunFolder(out, writes=accelerator.is_main_process)
     identity = _identity(config, source, recipe, init)

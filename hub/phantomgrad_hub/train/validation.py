@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from phantomgrad_hub.data.errors import DataError
 from phantomgrad_hub.data.sources import ImageSplit, Source, Subset
-from phantomgrad_hub.evaluate import Evaluation, default_steps, evaluate_images, summarise
+from phantomgrad_hub.evaluate import Evaluation, check_unreadable, default_steps, evaluate_images, summarise
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.models.mdeq import MDEQ
 
@@ -21,6 +22,17 @@ from .run import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def spread(targets: Sequence[int], count: int) -> list[int]:
+    """Where `count` images lie, in order, that are evenly spaced over all of them sorted by class; all where there are fewer.
+
+    The same in every process and at every time: it depends on the class indices alone. A class has its share to within one.
+    """
+    # Not over the list as it is: where the classes take turns in it, equal steps could meet one class only.
+    by_class = sorted(range(len(targets)), key=targets.__getitem__)
+    count = min(count, len(targets))
+    return sorted(by_class[position * len(targets) // count] for position in range(count))
 
 
 class ValidationStoppedError(Exception):
@@ -37,9 +49,9 @@ class Validation:
     stop: StopRequest
 
     def measure(self, model: MDEQ) -> Evaluation:
-        """The evaluation of the first `validation_images` images; raises `ValidationStoppedError`."""
+        """The evaluation of `validation_images` images, those that `spread` gives; raises `ValidationStoppedError`."""
         split, count = self.source.validation, self.config.validation_images
-        chosen = split if count is None or count >= len(split) else Subset(split, range(count))
+        chosen = split if count is None or count >= len(split) else Subset(split, spread(split.targets, count))
         return self._evaluate(model, chosen, ())
 
     def measure_best(self, run: RunFolder) -> Evaluation:
@@ -57,22 +69,42 @@ class Validation:
         return evaluation
 
     def _evaluate(self, model: MDEQ, split: ImageSplit, steps: Sequence[int]) -> Evaluation:
-        share = range(self.accelerator.process_index, len(split), self.accelerator.num_processes)
-        records = None
-        with suppress(ValidationStoppedError):
-            records = evaluate_images(
-                model,
-                Subset(split, share),
-                self.source.labels,
-                steps=steps,
-                batch_size=self.config.validation_batch_size,
-                progress=self._check,
-            )
-        # A signal to one process ends it in all: the others would wait for its records.
-        if agreed(self.accelerator, records is None) or records is None:
+        processes = self.accelerator.num_processes
+        share = range(self.accelerator.process_index, len(split), processes)
+        records, failure, stopped = dict[str, Tensor](), None, False
+        try:
+            # There may be fewer images than processes.
+            if share or not len(split):
+                records = evaluate_images(
+                    model,
+                    Subset(split, share),
+                    self.source.labels,
+                    steps=steps,
+                    batch_size=self.config.validation_batch_size,
+                    progress=self._check,
+                    whole=self.source.count,
+                )
+        except ValidationStoppedError:
+            stopped = True
+        except DataError as error:
+            failure = str(error)
+        # A signal to one process, or an error in one, ends it in all: the others would wait for its records.
+        if agreed(self.accelerator, stopped):
             raise ValidationStoppedError
-        shares = require("accelerate.utils", "train").gather_object([records])
-        return summarise({name: torch.cat([part[name] for part in shares]) for name in records})
+        shares = require("accelerate.utils", "train").gather_object([(records, failure)])
+        if failures := [reason for _, reason in shares if reason is not None]:
+            raise DataError(failures[0])
+        check_unreadable(
+            {
+                first + processes * place: split.name(first + processes * place)
+                for first, (part, _) in enumerate(shares)
+                for place in (part["readable"].logical_not().nonzero().flatten().tolist() if part else ())
+            },
+            split,
+            self.source.count,
+        )
+        filled = [part for part, _ in shares if part]
+        return summarise({name: torch.cat([part[name] for part in filled]) for name in filled[0]})
 
     def _check(self, done: int, total: int) -> None:
         if self.stop.signal is not None and done < total:
