@@ -1,7 +1,7 @@
 """Errors of models, checkpoints and photos; each is also the builtin it specialises.
 
 PhantomGradError
-├── ConfigError(ValueError)                    a model config with an unknown key or a value out of range
+├── ConfigError(ValueError)                    a config with an unknown key, or a value of another type or out of range
 ├── LabelError(ValueError)                     class names that are empty, repeated or too few
 ├── ImageError(ValueError)                     a photo that cannot be read
 ├── CheckpointError(ValueError)                a checkpoint that is incomplete, damaged, of another model or not writable
@@ -17,7 +17,7 @@ from phantomgrad import PhantomGradError
 
 
 class ConfigError(PhantomGradError, ValueError):
-    """A model config has an unknown key or a value out of range."""
+    """A config has an unknown key, or a value of another type or out of range."""
 
 
 class LabelError(PhantomGradError, ValueError):

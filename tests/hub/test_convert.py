@@ -167,6 +167,26 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"full_stage.post_fuse_layers.0.conv.weight_g": torch.zeros(24)},
         "FILE holds block.post_fuse.0.conv.parametrizations.weight.original0 twice, in two layouts",
     ),
+    "a weight of complex numbers": (
+        {"classifier.bias": torch.zeros(10, dtype=torch.complex64)},
+        "FILE holds classifier.bias as complex64, and floating-point numbers are expected",
+    ),
+    "a weight of integers": (
+        {"classifier.bias": torch.zeros(10, dtype=torch.int64)},
+        "FILE holds classifier.bias as int64, and floating-point numbers are expected",
+    ),
+    "a weight of truth values": (
+        {"classifier.bias": torch.zeros(10, dtype=torch.bool)},
+        "FILE holds classifier.bias as bool, and floating-point numbers are expected",
+    ),
+    "a sparse weight": (
+        {"classifier.bias": torch.zeros(10).to_sparse()},
+        "FILE holds classifier.bias as a sparse tensor, and a dense one is expected",
+    ),
+    "a count that is no integer": (
+        {"downsample.1.num_batches_tracked": torch.tensor(1.5)},
+        "FILE holds downsample.1.num_batches_tracked as float32, and an integer is expected",
+    ),
     "an entry that is no tensor": ({"classifier.bias": "text"}, "FILE holds entries that are no tensors: classifier.bias"),
 }  # fmt: skip
 """Changed keys of a good file, and what is said."""

@@ -22,7 +22,7 @@ from phantomgrad_hub import MDEQ, CheckpointError
 from phantomgrad_hub.data import AugmentationConfig, DataError, Source, TrainingImages, open_source
 from phantomgrad_hub.train import OptimizerConfig, SolverPhase, TrainConfig, TrainingError, TrainResult, train
 from phantomgrad_hub.train.average import WeightAverage
-from phantomgrad_hub.train.build import SolverSchedule, attach_for_training, build_optimizer
+from phantomgrad_hub.train.build import SolverSchedule, attach_for_training, build_model, build_optimizer
 from phantomgrad_hub.train.files import repair_folder, write_file
 from phantomgrad_hub.train.files import write_folder as write_folder_atomically
 from phantomgrad_hub.train.run import RunFolder
@@ -103,6 +103,18 @@ def test_a_small_model_learns_and_leaves_a_complete_run(source: Source, tmp_path
     assert json.loads((run / "config.json").read_text())["config"]["optimizer"]["lr"] == 5e-3
     assert json.loads((run / "environment.json").read_text())["sessions"][0]["packages"]["torch"] == version("torch")
     assert not [entry.name for entry in run.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_single_step_trains(source: Source, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=1, batch_size=50, ema_decay=0.0)
+    assert _train(source, tmp_path, config).step == 1
+    [record] = _log(tmp_path, "train")
+    assert record["lr"] == config.optimizer.lr
+    start = build_model(config, source, None).state_dict()
+    trained = load_file(tmp_path / "last" / "model.safetensors")
+    kernels = [key for key, value in start.items() if value.dim() == 4]
+    assert kernels
+    assert not any(torch.equal(trained[key], start[key]) for key in kernels)
 
 
 def test_a_finished_run_is_not_trained_again(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

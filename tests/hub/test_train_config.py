@@ -10,6 +10,8 @@ import pytest
 from small import pooled_config
 
 from phantomgrad import FixedPointIteration, NeumannPhantom, OneStep
+from phantomgrad_hub import ConfigError
+from phantomgrad_hub.data import AugmentationConfig
 from phantomgrad_hub.train import (
     RECIPES,
     OptimizerConfig,
@@ -17,8 +19,10 @@ from phantomgrad_hub.train import (
     SettingError,
     SolverPhase,
     TrainConfig,
+    TrainingError,
     apply_settings,
     tiny_imagenet,
+    train,
 )
 from phantomgrad_hub.train.settings import differing_keys, to_json
 
@@ -112,6 +116,13 @@ def test_fields_of_an_option_that_is_none_ask_for_the_option_first() -> None:
         apply_settings(config, ["model.eval_solver.max_steps=9"])
 
 
+def test_of_several_settings_the_one_that_is_wrong_is_named() -> None:
+    with pytest.raises(SettingError, match=r"^--set batch_size: batch_size must be at least 1, not 0$"):
+        apply_settings(tiny_imagenet(), ["epochs=1", "batch_size=0"])
+    with pytest.raises(SettingError, match=r"^--set optimizer\.lr: lr must be a finite number above 0"):
+        apply_settings(tiny_imagenet(), ["optimizer.momentum=0.5", "optimizer.lr=0"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -130,6 +141,47 @@ def test_fields_of_an_option_that_is_none_ask_for_the_option_first() -> None:
 def test_values_out_of_range_fail_at_construction(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(model=pooled_config(), **change)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"epochs": 2.5}, "epochs must be an integer, not 2.5"),
+        (lambda: {"epochs": "3"}, "epochs must be an integer, not '3'"),
+        (lambda: {"epochs": True}, "epochs must be an integer, not True"),
+        (lambda: {"seed": None}, "seed must be an integer, not None"),
+        (lambda: {"ema_decay": True}, "ema_decay must be a number, not True"),
+        (lambda: {"clip": "1"}, "clip must be a number or None, not '1'"),
+        (lambda: {"compile": "no"}, "compile must be True or False, not 'no'"),
+        (lambda: {"mixed_precision": None}, "mixed_precision must be 'no' or 'bf16' or 'fp16', not None"),
+        (lambda: {"optimizer": "sgd"}, "optimizer must be OptimizerConfig, not 'sgd'"),
+        (lambda: {"model": {}}, "model must be MDEQConfig, not dict {}"),
+        (lambda: {"augmentation": None}, "augmentation must be AugmentationConfig, not None"),
+        (lambda: {"trackers": "tensorboard"}, "trackers must be (a text, ...), not 'tensorboard'"),
+        (lambda: {"solver_schedule": [SolverPhase(until=1, solver_steps=3)]}, "solver_schedule must be (SolverPhase, ...), not list"),
+        (lambda: {"optimizer": OptimizerConfig(betas=[0.9])}, "betas must be (a number, a number), not list [0.9]"),  # type: ignore[arg-type]
+        (lambda: {"optimizer": OptimizerConfig(lr="0.1")}, "lr must be a number, not '0.1'"),  # type: ignore[arg-type]
+        (lambda: {"schedule": ScheduleConfig(warmup=None)}, "warmup must be a number, not None"),  # type: ignore[arg-type]
+        (lambda: {"solver_schedule": (SolverPhase(until=1, solver_steps=3.5),)}, "solver_steps must be an integer, not 3.5"),  # type: ignore[arg-type]
+        (lambda: {"augmentation": AugmentationConfig(scale=0.5)}, "scale must be (a number, a number), not 0.5"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_names_its_field(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{"model": pooled_config(), **make()})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_stand_for_fractions() -> None:
+    assert TrainConfig(model=pooled_config(), clip=1, memory_gib=2, optimizer=OptimizerConfig(lr=1)).optimizer.lr == 1
+
+
+def test_training_asks_for_a_config_and_a_source() -> None:
+    with pytest.raises(TrainingError, match=r"^config must be a TrainConfig, such as finetune\(\), not dict$"):
+        train({}, "photos", "run")  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"^source must be a Source, such as open_source\(FOLDER\), not str$"):
+        train(tiny_imagenet(), "photos", "run")  # type: ignore[arg-type]
 
 
 def test_phantom_steps_need_a_gradient_that_has_them() -> None:
@@ -154,12 +206,20 @@ def test_configs_are_frozen_and_take_known_names_only() -> None:
 
 def test_the_rate_rises_then_follows_half_a_cosine() -> None:
     schedule = ScheduleConfig(warmup=0.2, final=0.1)
-    assert schedule.factor(0.0) == 0.0
-    assert schedule.factor(0.1) == pytest.approx(0.5)
-    assert schedule.factor(0.2) == pytest.approx(1.0)
-    assert schedule.factor(0.6) == pytest.approx(0.55)
-    assert schedule.factor(1.0) == pytest.approx(0.1)
-    assert ScheduleConfig(warmup=0.0).factor(0.0) == 1.0
+    rates = [schedule.factor(step, 100) for step in range(101)]
+    assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert rates[20] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert ScheduleConfig(warmup=0.0).factor(0, 100) == 1.0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("warmup", [0.0, 0.02, 0.3, 0.99])
+def test_every_step_has_a_rate_above_zero_and_at_most_the_top(total: int, warmup: float) -> None:
+    rates = [ScheduleConfig(warmup=warmup).factor(step, total) for step in range(total)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert max(rates) == pytest.approx(1.0, abs=0.02 if total > 1 else 0)
 
 
 def test_the_phase_is_that_of_the_progress() -> None:

@@ -48,13 +48,10 @@ def run(options: argparse.Namespace) -> int:
     from phantomgrad_hub.data import open_source
     from phantomgrad_hub.extras import require
     from phantomgrad_hub.train import RECIPES, SettingError, apply_settings, train
+    from phantomgrad_hub.train.start import edit_for_checkpoint
 
     if options.recipe not in RECIPES:
         raise UsageError(f"no recipe {options.recipe!r}; recipes are {', '.join(RECIPES)}")
-    try:
-        config = apply_settings(RECIPES[options.recipe](), options.set)
-    except SettingError as error:
-        raise UsageError(str(error)) from error
     if options.recipe == "finetune" and options.init is None:
         raise UsageError(
             "finetune needs --init CHECKPOINT, such as --init embedded; to train from scratch take tiny_imagenet"
@@ -62,6 +59,14 @@ def run(options: argparse.Namespace) -> int:
     if options.device is not None and options.device.type != "cpu":
         raise UsageError("--device takes only cpu here; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch")
     require("accelerate", "train")  # said before anything about the data
+    recipe = RECIPES[options.recipe]()
+    try:
+        if options.init is None:
+            config = apply_settings(recipe, options.set)
+        else:
+            config = edit_for_checkpoint(recipe, options.set, options.init)
+    except SettingError as error:
+        raise UsageError(str(error)) from error
     source = open_source(options.data, seed=config.seed)
     if not options.json and os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
         print(source.description, flush=True)

@@ -118,18 +118,19 @@ class FolderImages:
         self.class_names: tuple[str, ...] = found.names
         self.ignored = found.ignored
         """Files that are no photos or lie beside the class folders, relative to `root`."""
-        self._files = found.files
+        self.files = found.files
+        """Where each photo is."""
         self.targets: list[int] = list(found.targets)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        return self._files[index]
+        return self.files[index]
 
     def image(self, index: int) -> Image:
         try:
-            data = Path(self._files[index]).read_bytes()
+            data = Path(self.files[index]).read_bytes()
         except OSError as error:
             raise DataError(f"{self.name(index)} cannot be read: {error.strerror}.") from error
         return _decode(data, self.name(index))
@@ -143,6 +144,12 @@ class Subset:
         self._indices = list(indices)
         targets = [split.targets[index] for index in self._indices]
         self.targets: list[int] = targets if renumber is None else [renumber[target] for target in targets]
+
+    @property
+    def files(self) -> list[str] | None:
+        """Where each photo is; None where they are not files."""
+        files: Sequence[str] | None = getattr(self._split, "files", None)
+        return None if files is None else [files[index] for index in self._indices]
 
     def __len__(self) -> int:
         return len(self.targets)

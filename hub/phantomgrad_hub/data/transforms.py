@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.text import summarise
+from phantomgrad_hub.typed_fields import check_types
 
 from .errors import DataError
 from .seeds import derive_seed
@@ -52,6 +53,7 @@ class AugmentationConfig:
     """Paste a rectangle of another image, and share the classes by area; with `mixup` too, each batch gets one of the two."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.crop not in ("pad", "resized", "none"):
             raise ValueError(f"crop must be 'pad', 'resized' or 'none', not {self.crop!r}")
         if not 0 <= self.padding < 1:

@@ -29,15 +29,19 @@ from .config import OptimizerConfig, TrainConfig
 
 
 def build_model(config: TrainConfig, source: Source, init: str | Path | None) -> MDEQ:
-    """A model for the classes of `source`: new, or the checkpoint `init` with a new head."""
+    """A model for the classes of `source`: new, or the checkpoint `init` with a new head and the options of `config.model`."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
+    model_config = replace(config.model, num_classes=len(source.labels))
     if init is not None:
         model = MDEQ.from_pretrained(init, labels=list(source.labels))
         base = EMBEDDED if init == EMBEDDED else model.facts.base if model.source is None else str(model.source)
         # What was measured before does not hold for what will be trained.
         model.facts, model.source = Facts(base=base), None
+        model.config, model.head.dropout.p = model_config, model_config.head_dropout
+        [attachment] = phantomgrad.attachments(model.block)
+        attachment.gradient, attachment.solver = model_config.gradient, model_config.solver
+        attachment.eval_solver = model_config.eval_solver
         return model
-    model_config = replace(config.model, num_classes=len(source.labels))
     return MDEQ(model_config, labels=source.labels)
 
 

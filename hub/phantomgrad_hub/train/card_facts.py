@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
+from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.data.sources import Source
 from phantomgrad_hub.evaluation import Evaluation
 from phantomgrad_hub.facts import HELD_OUT, REPOSITORY, Facts
@@ -23,8 +25,12 @@ def training_facts(
     base: str | None,
     hours: float,
     machine: str,
+    model: MDEQConfig | None = None,
 ) -> Facts:
-    """The facts of a run of `config`, which took so many hours on `machine`. No folder of the machine is named."""
+    """The facts of a run of `config`, which took so many hours on `machine`. No folder of the machine is named.
+
+    `model` is the config of the checkpoint it began with, if it did.
+    """
     on_hub = REPOSITORY.fullmatch(source.name) is not None
     split = HELD_OUT if source.held_out else "validation"
     return Facts(
@@ -32,7 +38,7 @@ def training_facts(
         data_id=source.name if on_hub else None,
         split=split,
         held_out_seed=config.seed if source.held_out else None,
-        command=_command(config, recipe, base, source.name if on_hub else "FOLDER"),
+        command=_command(config, recipe, base, source.name if on_hub else "FOLDER", model),
         machine=machine,
         hours=float(f"{hours:.3g}"),
         details=f"{config.epochs} epoch{'' if config.epochs == 1 else 's'} of {len(source.train)} photos.",
@@ -41,12 +47,14 @@ def training_facts(
     )
 
 
-def _command(config: TrainConfig, recipe: str, base: str | None, data: str) -> str | None:
+def _command(config: TrainConfig, recipe: str, base: str | None, data: str, model: MDEQConfig | None) -> str | None:
     """The command that does the same; None for a configuration that was made in Python."""
     if recipe not in RECIPES:
         return None
     init = "" if base is None else f" --init {base}"
     known, tree = to_json(RECIPES[recipe]()), to_json(config)
+    if model is not None:
+        known["model"] = to_json(replace(model, num_classes=config.model.num_classes))
     # A choice of another class names all its options in one setting.
     keys = sorted({_whole(tree, known, key) for key in differing_keys(known, tree)})
     changes = [f" --set {shlex.quote(f'{key}={_spelled(_at(tree, key))}')}" for key in keys]

@@ -19,6 +19,10 @@ def check_source(config: TrainConfig, source: Source, out: str | Path | None = N
     A class is too small as well where its only image cannot be both trained on and held out. A run in `out` must not lie
     where it would change the data.
     """
+    if not isinstance(config, TrainConfig):
+        raise TrainingError(f"config must be a TrainConfig, such as finetune(), not {type(config).__name__}")
+    if not isinstance(source, Source):
+        raise TrainingError(f"source must be a Source, such as open_source(FOLDER), not {type(source).__name__}")
     if out is not None:
         _check_place(Path(out), source.class_folders)
     count = len(source.train)

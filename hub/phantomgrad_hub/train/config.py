@@ -1,4 +1,7 @@
-"""Everything a training run depends on, as one frozen record that is checked when it is made."""
+"""Everything a training run depends on, as one frozen record that is checked when it is made.
+
+A value of another type or out of range raises `ConfigError`, a `ValueError`, that names the field.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Literal
 
 from phantomgrad_hub.config import MDEQConfig
 from phantomgrad_hub.data.transforms import AugmentationConfig
+from phantomgrad_hub.errors import ConfigError
+from phantomgrad_hub.typed_fields import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class OptimizerConfig:
     """For `adamw` and `lamb`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _choice("name", self.name, ("sgd", "adamw", "lamb"))
         _positive("lr", self.lr)
         _not_negative("weight_decay", self.weight_decay)
@@ -34,7 +40,7 @@ class OptimizerConfig:
         for beta in self.betas:
             _fraction("betas", beta)
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise ConfigError("nesterov needs a momentum above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +48,21 @@ class ScheduleConfig:
     """The learning rate over training: a linear rise, then half a cosine."""
 
     warmup: float = 0.02
-    """Fraction of all steps in which the rate rises from 0."""
+    """Fraction of all steps in which the rate rises, from one part to all of it: no step has a rate of 0."""
     final: float = 0.0
     """The rate at the end, as a fraction of the top."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _fraction("warmup", self.warmup)
         _fraction("final", self.final)
 
-    def factor(self, progress: float) -> float:
-        """The rate at `progress` in [0, 1] of training, as a fraction of the top."""
-        if progress < self.warmup:
-            return progress / self.warmup
-        cosine = (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup))) / 2
+    def factor(self, step: int, total: int) -> float:
+        """The rate of optimizer step `step`, counted from 0, of `total`, as a fraction of the top."""
+        rising = self.warmup * total
+        if step < rising:
+            return min((step + 1) / rising, 1.0)
+        cosine = (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
         return self.final + (1 - self.final) * cosine
 
 
@@ -79,15 +87,16 @@ class SolverPhase:
     """Side, in pixels, to which training images are shrunk; None keeps the model's. Small images first cost less."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.until <= 1:
-            raise ValueError(f"until must be above 0 and at most 1, not {self.until}")
+            raise ConfigError(f"until must be above 0 and at most 1, not {self.until}")
         _at_least("solver_steps", self.solver_steps, 1)
         if self.phantom_steps is not None:
             _at_least("phantom_steps", self.phantom_steps, 1)
         if self.image_size is not None:
             _at_least("image_size", self.image_size, 8)
         if self.unrolled and self.phantom_steps is not None:
-            raise ValueError("phantom_steps has no part in an unrolled phase")
+            raise ConfigError("phantom_steps has no part in an unrolled phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,7 @@ class TrainConfig:
     """A training run. `num_classes` of the model is replaced by that of the data."""
 
     model: MDEQConfig
+    """With `init`: that of the checkpoint, of which gradient, solvers and dropout may be others."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -137,6 +147,7 @@ class TrainConfig:
     """Where Accelerate sends the metrics besides `metrics.jsonl`: names of its trackers; TensorBoard's files lie in the run."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("epochs", "batch_size", "accumulation", "log_every", "validate_every", "validation_batch_size"):
             _at_least(name, getattr(self, name), 1)
         for name in ("workers", "seed"):
@@ -152,17 +163,18 @@ class TrainConfig:
         _positive("checkpoint_minutes", self.checkpoint_minutes)
         _choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         if self.shard and self.mixed_precision == "fp16":
-            raise ValueError("shard has no loss scaling: take mixed_precision 'bf16' or 'no'")
+            raise ConfigError("shard has no loss scaling: take mixed_precision 'bf16' or 'no'")
         ends = [phase.until for phase in self.solver_schedule]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
-            raise ValueError(
+            raise ConfigError(
                 f"the phases of solver_schedule must end at increasing fractions, the last at 1, not {ends}"
             )
         if any(phase.phantom_steps is not None for phase in self.solver_schedule) and not hasattr(
             self.model.gradient, "steps"
         ):
-            raise ValueError(
-                f"solver_schedule sets phantom_steps, but {type(self.model.gradient).__name__} has no steps"
+            raise ConfigError(
+                f"solver_schedule sets phantom_steps, but {type(self.model.gradient).__name__} has no steps; take another "
+                "model.gradient, or solver_schedule=()"
             )
 
     def phase(self, progress: float) -> SolverPhase | None:
@@ -172,24 +184,24 @@ class TrainConfig:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+        raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
 
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number above 0, not {value}")
+        raise ConfigError(f"{name} must be a finite number above 0, not {value}")
 
 
 def _not_negative(name: str, value: float) -> None:
     if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+        raise ConfigError(f"{name} must be a finite number of at least 0, not {value}")
 
 
 def _fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
+        raise ConfigError(f"{name} must be at least 0 and below 1, not {value}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+        raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -33,11 +33,12 @@ from .card_facts import training_facts
 from .checks import check_source
 from .config import TrainConfig
 from .errors import TrainingError
+from .identity import run_identity
 from .loader import training_batches
 from .meter import Meter
-from .processes import agreed, highest, shard
+from .processes import agreed, highest, own_state, precision_in_force, shard
 from .run import RunFolder, machine
-from .settings import to_json
+from .start import checkpoint_config, with_checkpoint
 from .state import TrainingState
 from .tracker import Tracker, check_trackers
 from .validation import Validation, ValidationStoppedError
@@ -58,6 +59,7 @@ class TrainResult:
     """Of the best checkpoint on the whole validation split, once finished."""
 
 
+@own_state()
 def train(
     config: TrainConfig,
     source: Source,
@@ -75,9 +77,11 @@ def train(
     the loss stops being finite.
     """
     check_source(config, source, out)
+    if init is not None:
+        config = with_checkpoint(config, recipe, init, len(source.labels))
     accelerator = _accelerator(config, out, cpu)
     run = RunFolder(out, writes=accelerator.is_main_process)
-    identity = _identity(config, source, recipe, init)
+    identity = run_identity(config, source, recipe, init)
     run.check(identity)
 
     model = build_model(config, source, init)
@@ -115,7 +119,7 @@ def train(
             batches = () if position.awaiting_validation else loader.epoch(epoch, position.batch)
             for images, targets, replaced in batches:
                 progressed = position.step / total_steps
-                rate = config.optimizer.lr * config.schedule.factor(progressed)
+                rate = config.optimizer.lr * config.schedule.factor(position.step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 solver_schedule.set_progress(progressed)
@@ -178,6 +182,7 @@ def train(
             evaluation,
             recipe=recipe,
             base=model.facts.base,
+            model=None if init is None else checkpoint_config(init),
             hours=position.seconds / 3600,
             machine=machine(accelerator.device, accelerator.num_processes),
         )
@@ -188,6 +193,11 @@ def train(
 
 def _accelerator(config: TrainConfig, out: str | Path, cpu: bool) -> Accelerator:
     check_trackers(config.trackers)
+    if (precision := precision_in_force()) not in (None, config.mixed_precision):
+        raise TrainingError(
+            f"mixed_precision is {config.mixed_precision!r}, but this process has an Accelerator of mixed_precision "
+            f"{precision!r}, and Accelerate keeps one for all: take that, or train in another process."
+        )
     try:
         accelerator = require("accelerate", "train").Accelerator(
             cpu=cpu,
@@ -204,9 +214,3 @@ def _accelerator(config: TrainConfig, out: str | Path, cpu: bool) -> Accelerator
             "of the training."
         )
     return accelerator
-
-
-def _identity(config: TrainConfig, source: Source, recipe: str, init: str | Path | None) -> dict[str, Any]:
-    """What makes two calls the same run."""
-    data = {"train": len(source.train), "validation": len(source.validation), "classes": len(source.labels)}
-    return {"recipe": recipe, "init": None if init is None else str(init), "data": data, "config": to_json(config)}

@@ -9,15 +9,40 @@ number of processes, sharded or not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from phantomgrad_hub.extras import require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@contextmanager
+def own_state() -> Generator[None, None, None]:
+    """Forget afterwards what Accelerate keeps for the whole process, where nothing was kept before: the next run may then differ.
+
+    Where processes share a group it is the launch's, and stays.
+    """
+    state = require("accelerate.state", "train")
+    kept, partial = bool(state.AcceleratorState._shared_state), bool(state.PartialState._shared_state)
+    try:
+        yield
+    finally:
+        # Accelerate has no public way.
+        if not (kept or (distributed.is_available() and distributed.is_initialized())):
+            state.AcceleratorState._reset_state(reset_partial_state=not partial)
+
+
+def precision_in_force() -> str | None:
+    """The mixed precision of an Accelerator that this process already has; None where it has none."""
+    state = require("accelerate.state", "train").AcceleratorState
+    return str(state().mixed_precision) if state._shared_state else None
 
 
 def agreed(accelerator: Accelerator, wanted: bool) -> bool:

@@ -17,16 +17,17 @@ from typing import Any, Self
 import torch
 
 from phantomgrad_hub.errors import CheckpointError
+from phantomgrad_hub.evaluation import Evaluation
 from phantomgrad_hub.extras import require
 from phantomgrad_hub.facts import Facts
-from phantomgrad_hub.files import FACTS_FILE
+from phantomgrad_hub.files import FACTS_FILE, FILES
 from phantomgrad_hub.json_text import json_text
 from phantomgrad_hub.models.mdeq import MDEQ
-from phantomgrad_hub.text import summarise
+from phantomgrad_hub.text import printable, summarise
 
 from .errors import TrainingError
 from .files import repair_folder, write_file, write_folder, write_json
-from .settings import differing_keys
+from .identity import data_difference, differences
 
 PACKAGES = ("phantomgrad", "torch", "torchvision", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
@@ -81,13 +82,19 @@ class RunFolder:
             if self.path.is_dir() and any(entry.name != ".gitignore" for entry in self.path.iterdir()):
                 raise TrainingError(f"{self.path} is not empty and is no run; give another folder.")
             return
-        stored = self._read_config()
-        if any(path.exists() for path in (self._state, self.last, self.best)) and (
-            keys := differing_keys(stored, json.loads(json_text(config)))
-        ):
+        stored, new = self._read_config(), json.loads(json_text(config))
+        if not any(path.exists() for path in (self._state, self.last, self.best)):
+            return
+        keys = differences(stored, new)
+        if settings := [key for key in keys if not key.startswith("data.")]:
             raise TrainingError(
-                f"{self.path} holds a run with another configuration: {summarise(keys, 5)} "
-                f"{'differs' if len(keys) == 1 else 'differ'}. Resume with the same command, or give another folder."
+                f"{self.path} holds a run with another configuration: {summarise(settings, 5)} "
+                f"{'differs' if len(settings) == 1 else 'differ'}. Resume with the same command, or give another folder."
+            )
+        if keys:
+            what = printable(data_difference(stored["data"], new["data"]), longest=300)
+            raise TrainingError(
+                f"{self.path} holds a run on other data: {what}. Resume on the data as it was, or give another folder."
             )
 
     def open(self, config: dict[str, Any]) -> None:
@@ -107,7 +114,8 @@ class RunFolder:
                 # Nothing that an earlier start left behind belongs to a run that starts anew.
                 for file in (self._metrics, self._result, self._environment):
                     file.unlink(missing_ok=True)
-                write_json(self._config, config)
+            # That of an earlier release lacks what later resumes are compared with.
+            write_json(self._config, config)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror}; give another folder.") from error
 
@@ -138,13 +146,30 @@ class RunFolder:
         if not self._state.is_file():
             return None
         try:
-            stored = torch.load(self._state, map_location="cpu", weights_only=True)
-            self._saved_step = stored["position"]["step"]
-            return stored
+            return torch.load(self._state, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(
                 f"{self._state} is damaged; delete {self._state.parent} to start the run anew."
             ) from error
+
+    @contextmanager
+    def restoring(self) -> Generator[None, None, None]:
+        """Turn what goes wrong when a state that is not this run's is taken up into one line that says what to do."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{self._state} is not the state of this run; delete {self._state.parent} to start the run anew."
+            ) from error
+
+    def restored(self, position: Position) -> None:
+        """Go on at `position`; raises `TrainingError` where the best checkpoint of the run until there has gone."""
+        self._saved_step = position.step
+        if position.best_top1 >= 0 and not all((self.best / name).is_file() for name in FILES):
+            raise TrainingError(
+                f"{self.best} is missing or incomplete: put it back from a copy, or delete {self._state.parent} to start the run "
+                "anew."
+            )
 
     def save(self, state: dict[str, Any], model: MDEQ) -> None:
         """Store where training stands, and the model it would hand out now as `RUN/last`.
@@ -155,6 +180,7 @@ class RunFolder:
         for part in ("model", "average"):
             self._check_finite(state[part], state["position"]["step"])
         if not self._writes:
+            self._saved_step = state["position"]["step"]
             return
 
         def write_state(partial: Path) -> None:
@@ -171,11 +197,11 @@ class RunFolder:
     def _check_finite(self, weights: dict[str, torch.Tensor], step: int) -> None:
         if bad := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
             raise TrainingError(
-                f"{summarise(bad, 1)} became infinite or NaN by step {step}; {self.path} {self._held()}. "
+                f"{summarise(bad, 1)} became infinite or NaN by step {step}; {self.path} {self.held()}. "
                 "Start another run with a lower optimizer.lr or a lower clip."
             )
 
-    def _held(self) -> str:
+    def held(self) -> str:
         """What is there to resume from."""
         return "holds nothing yet" if self._saved_step is None else f"still holds step {self._saved_step}"
 
@@ -197,7 +223,7 @@ class RunFolder:
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
             raise TrainingError(
-                f"{self.path} cannot be written: {reason}; it {self._held()}. "
+                f"{self.path} cannot be written: {reason}; it {self.held()}. "
                 f"{'Free some space' if full else 'Make it writable'}, then the same command goes on."
             ) from error
 
@@ -214,8 +240,13 @@ class RunFolder:
                 write_json(self.best / FACTS_FILE, facts.to_dict())
 
     def load_result(self) -> dict[str, Any] | None:
-        """What `save_result` stored; None before the run is finished."""
-        return json.loads(self._result.read_text(encoding="utf-8")) if self._result.is_file() else None
+        """What `save_result` stored; None before the run is finished. Raises `TrainingError` where it is damaged."""
+        if not self._result.is_file():
+            return None
+        with _intact(self._result):
+            stored = json.loads(self._result.read_text(encoding="utf-8"))
+            Evaluation.from_dict(stored)
+            return stored
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics; raises `TrainingError`."""
@@ -224,18 +255,19 @@ class RunFolder:
                 file.write(json_text(record) + "\n")
 
     def rewind_log(self, position: Position) -> None:
-        """Drop the lines that a run resumed at `position` writes again."""
+        """Drop the lines that a run resumed at `position` writes again; raises `TrainingError` where one is of no run."""
         if not (self._writes and self._metrics.is_file()):
             return
         kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                break
-            repeated = position.awaiting_validation and record["type"] == "validation"
-            if record["step"] < position.step or (record["step"] == position.step and not repeated):
-                kept.append(line + "\n")
+        with _intact(self._metrics):
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    break
+                repeated = position.awaiting_validation and record["type"] == "validation"
+                if record["step"] < position.step or (record["step"] == position.step and not repeated):
+                    kept.append(line + "\n")
         with self._writing():
             write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
@@ -243,13 +275,22 @@ class RunFolder:
         """Add this session to `environment.json`: versions, machine, and the step it starts at."""
         if not self._writes:
             return
-        try:
-            sessions = json.loads(self._environment.read_text(encoding="utf-8"))["sessions"]
-        except (OSError, ValueError, KeyError):
-            sessions = []
+        sessions = []
+        if self._environment.is_file():
+            with _intact(self._environment):
+                sessions = [*json.loads(self._environment.read_text(encoding="utf-8"))["sessions"]]
         sessions.append({"step": step, "device": _device_name(device), "processes": processes} | _environment())
         with self._writing():
             write_json(self._environment, {"sessions": sessions})
+
+
+@contextmanager
+def _intact(file: Path) -> Generator[None, None, None]:
+    """Turn what goes wrong when `file` is read into one line that says to delete it: the run can do without."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{file} is damaged; delete it, then the same command goes on.") from error
 
 
 def _cause(error: BaseException | None) -> BaseException | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import difflib
-import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from phantomgrad_hub.typed_fields import describe, members
 
 from .errors import SettingError
 
@@ -16,8 +18,8 @@ Tree = dict[str, Any]
 _VALUE = "="
 
 
-def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
-    """`config` with the fields that `settings` name replaced, all at once.
+def apply_settings(config: ConfigT, settings: Iterable[str], *, given: Mapping[str, Any] | None = None) -> ConfigT:
+    """`config` with the fields that `settings` name replaced, all at once; they edit what `given` has for a field, if it does.
 
     `optimizer.lr=0.01`, `model.channels=(32,64,128)`, `model.gradient=NeumannPhantom(steps=3)`,
     `model.gradient.steps=3`. Raises `SettingError` for a key that is no field (naming near ones), a value of another
@@ -32,7 +34,10 @@ def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
         for part in key.strip().split("."):
             node = node.setdefault(part, {})
         node[_VALUE] = value.strip()
-    return _edited(config, tree, "", _all_keys(config))
+    given = {} if given is None else given
+    known = [key for key in _all_keys(config) if key.partition(".")[0] not in given]
+    known += [key for name, value in given.items() for key in (name, *_all_keys(value, f"{name}."))]
+    return _edited(config, tree, "", known, given)
 
 
 def to_json(value: Any) -> Any:
@@ -61,19 +66,23 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [prefix]
 
 
-def _edited(config: Any, tree: Tree, prefix: str, known: list[str]) -> Any:
+def _edited(
+    config: Any, tree: Tree, prefix: str, known: list[str], given: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     hints = get_type_hints(type(config))
-    changes = {}
+    changes = dict(given)
     for name, node in tree.items():
         key = f"{prefix}{name}"
         if name not in {entry.name for entry in fields(config) if entry.init}:
             raise SettingError(f"--set {key}: no such field{_near(key, known)}")
-        changes[name] = _new_value(getattr(config, name), node, hints[name], key, known)
+        changes[name] = _new_value(given.get(name, getattr(config, name)), node, hints[name], key, known)
     try:
         return replace(config, **changes)
     except (TypeError, ValueError) as error:
         # Fields that are checked together are named together: the first one stands for where to look.
-        raise SettingError(f"--set {prefix}{next(iter(changes))}: {error}") from error
+        first = None if given else next(iter(tree))
+        named = next((name for name in tree if str(error).startswith(f"{name} ")), first)
+        raise SettingError(str(error) if named is None else f"--set {prefix}{named}: {error}") from error
 
 
 def _new_value(old: Any, node: Tree, hint: Any, key: str, known: list[str]) -> Any:
@@ -90,7 +99,7 @@ def _new_value(old: Any, node: Tree, hint: Any, key: str, known: list[str]) -> A
 
 def _classes(hint: Any) -> list[type[Any]]:
     """The dataclasses that a field of this type may hold."""
-    return [member for member in _members(hint) if isinstance(member, type) and is_dataclass(member)]
+    return [member for member in members(hint) if isinstance(member, type) and is_dataclass(member)]
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
@@ -121,11 +130,11 @@ def _constructed(call: ast.Call, cls: type, key: str) -> Any:
 
 
 def _coerced(value: Any, hint: Any, key: str) -> Any:
-    for member in _members(hint):
+    for member in members(hint):
         matched, result = _as_type(value, member, key)
         if matched:
             return result
-    raise SettingError(f"--set {key}: expected {_described(hint)}, not {value!r}")
+    raise SettingError(f"--set {key}: expected {describe(hint)}, not {value!r}")
 
 
 def _as_type(value: Any, hint: Any, key: str) -> tuple[bool, Any]:
@@ -165,26 +174,6 @@ def _as_dataclass(value: Any, cls: type, key: str) -> tuple[bool, Any]:
         return True, cls(**options)
     except (TypeError, ValueError) as error:
         raise SettingError(f"--set {key}: {error}") from error
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _described(hint: Any) -> str:
-    words = []
-    for member in _members(hint):
-        if get_origin(member) is Literal:
-            words += [repr(choice) for choice in get_args(member)]
-        elif get_origin(member) is tuple:
-            inner = [entry for entry in get_args(member) if entry is not Ellipsis]
-            names = ", ".join(_described(entry) for entry in inner)
-            words.append(f"({names}, ...)" if Ellipsis in get_args(member) else f"({names})")
-        elif member is type(None):
-            words.append("None")
-        else:
-            words.append({int: "an integer", float: "a number", bool: "True or False"}.get(member, member.__name__))
-    return " or ".join(words)
 
 
 def _all_keys(config: Any, prefix: str = "") -> list[str]:

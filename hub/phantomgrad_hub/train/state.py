@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phantomgrad_hub.models.mdeq import MDEQ
+from phantomgrad_hub.typed_fields import check_types
 
 from .average import WeightAverage
 from .errors import TrainingError
@@ -36,13 +37,15 @@ class TrainingState:
     def __post_init__(self) -> None:
         stored = self.run.load_state()
         if stored is not None:
-            self.position = Position(**stored["position"])
-            load_weights(self.model, stored["model"])
-            self.average.load(stored["average"])
-            load_optimizer(self.optimizer, stored["optimizer"])
-            if self.accelerator.scaler is not None and stored["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(stored["scaler"])
-        self._saved_step = self.position.step
+            with self.run.restoring():
+                self.position = Position(**stored["position"])
+                check_types(self.position)
+                load_weights(self.model, stored["model"])
+                self.average.load(stored["average"])
+                load_optimizer(self.optimizer, stored["optimizer"])
+                if self.accelerator.scaler is not None and stored["scaler"] is not None:
+                    self.accelerator.scaler.load_state_dict(stored["scaler"])
+            self.run.restored(self.position)
         self.run.rewind_log(self.position)
         self.run.log_environment(self.accelerator.device, self.accelerator.num_processes, self.position.step)
 
@@ -62,13 +65,12 @@ class TrainingState:
         }
         self.run.save(stored, self.average.model)
         self.accelerator.wait_for_everyone()
-        self._saved_step = self.position.step
 
     def check_finite(self, loss: float) -> None:
         """Raise `TrainingError` in all processes where the loss, or a weight, has become infinite or NaN in one of them."""
         if agreed(self.accelerator, not math.isfinite(loss)):
             shown = math.nan if math.isfinite(loss) else loss  # in another process
             raise TrainingError(
-                f"the loss became {shown} by step {self.position.step}; {self.run.path} still holds step "
-                f"{self._saved_step}. Start another run with a lower optimizer.lr or a lower clip."
+                f"the loss became {shown} by step {self.position.step}; {self.run.path} {self.run.held()}. Start another run "
+                "with a lower optimizer.lr or a lower clip."
             )
