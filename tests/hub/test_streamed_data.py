@@ -190,7 +190,7 @@ def test_unreadable_images_are_judged_by_the_workers_that_read(folder: Path, mon
     monkeypatch.setattr("phantomgrad_hub.data.streaming._decode", spoilt)
     assert sum(int(replaced.sum()) for _, _, replaced in list(_batches(split, 2).epoch(0, 0))[:19]) == 3
     bad.append(9)
-    with pytest.raises(DataError, match="4 training images of this process cannot be read, more than 5%"):
+    with pytest.raises(DataError, match=r"^4 training images of this process cannot be read, more than 5%"):
         list(_batches(split, 2).epoch(0, 0))
 
 

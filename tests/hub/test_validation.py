@@ -93,13 +93,19 @@ def test_unreadable_validation_images_are_judged_against_the_whole_dataset(tmp_p
         _validation(source).measure(model)
 
 
-@pytest.mark.parametrize("memory_gib", [1.0, 0.0], ids=["decoded at once", "decoded as needed"])
-def test_unreadable_training_images_are_judged_against_the_whole_dataset(tmp_path: Path, memory_gib: float) -> None:
+@pytest.mark.parametrize(
+    ("memory_gib", "workers"),
+    [(1.0, 0), (0.0, 0), (0.0, 1)],
+    ids=["decoded at once", "decoded as needed", "decoded by a worker"],
+)
+def test_unreadable_training_images_are_judged_against_the_whole_dataset(
+    tmp_path: Path, memory_gib: float, workers: int
+) -> None:
     from accelerate import Accelerator
 
     write_folder(tmp_path / "train", 30)
     write_folder(tmp_path / "val", 10, first=50)
-    source, config = open_source(tmp_path), replace(CONFIG, memory_gib=memory_gib)
+    source, config = open_source(tmp_path), replace(CONFIG, memory_gib=memory_gib, workers=workers)
 
     def seen() -> int:
         batches = training_batches(config, source, 16, Accelerator(cpu=True))

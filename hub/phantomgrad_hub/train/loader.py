@@ -94,7 +94,7 @@ class IndexedBatches:
         self._sampler.set_epoch(epoch)
         self._images.set_epoch(epoch)
         self._loader.set_epoch(epoch)
-        return self._accelerator.skip_first_batches(self._loader, skip)
+        return _in_own_words(self._accelerator.skip_first_batches(self._loader, skip))
 
 
 class StreamedBatches:
@@ -131,7 +131,7 @@ class StreamedBatches:
         while made < self._length:
             before = made
             self._samples.start(epoch, turn, max(skip - made, 0), self._size)
-            for images, targets, replaced in self._loader:
+            for images, targets, replaced in _in_own_words(self._loader):
                 made += 1
                 if made > skip:
                     yield images.to(self._device), targets.to(self._device), replaced.to(self._device)
@@ -140,6 +140,15 @@ class StreamedBatches:
             if made == before:
                 raise DataError(f"this process's share of the stream does not fill one batch of {self._size}.")
             turn += 1
+
+
+def _in_own_words(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; a `DataError` of a worker process, which torch hands on as a traceback, is its one line again."""
+    try:
+        yield from batches
+    except DataError as error:
+        *_, line = str(error).strip().splitlines()
+        raise DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from error
 
 
 def _loading(config: TrainConfig) -> dict[str, Any]:
