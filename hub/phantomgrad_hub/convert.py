@@ -174,8 +174,20 @@ def _rename(official: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         assert ours is not None
         if ours in weights:
             raise CheckpointError(f"{name} holds {ours} twice, in two layouts")
+        if wrong := _wrong_kind(key, value):
+            raise CheckpointError(f"{name} holds {key} as {wrong} expected")
         weights[ours] = value.float() if value.is_floating_point() else value
     return weights
+
+
+def _wrong_kind(key: str, value: Tensor) -> str | None:
+    """What an official tensor is, and what it should be; None where it is."""
+    if value.layout != torch.strided:
+        return "a sparse tensor, and a dense one is"
+    dtype = str(value.dtype).removeprefix("torch.")
+    if key.endswith("num_batches_tracked"):
+        return None if value.dtype == torch.int64 else f"{dtype}, and an integer is"
+    return None if value.is_floating_point() else f"{dtype}, and floating-point numbers are"
 
 
 def _infer_config(weights: Mapping[str, Tensor], name: str, given: Mapping[str, Any]) -> MDEQConfig:

@@ -338,8 +338,9 @@ def test_a_stopped_training_exits_as_the_signal_says_and_goes_on(
 def test_a_corrected_command_takes_the_place_of_one_that_failed_to_start(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "tiny_imagenet", "--data", str(data), "--out", str(tmp_path / "run"), *RECIPE]
-    _fails(capsys, [*command, "--init", "nosuch"], 1, "there is no checkpoint folder nosuch")
+    plain = ["train", "tiny_imagenet", "--data", str(data), "--out", str(tmp_path / "run"), "--device=cpu"]
+    _fails(capsys, [*plain, "--init", "nosuch"], 1, "there is no checkpoint folder nosuch")
+    command = [*plain, *RECIPE]
     _fails(capsys, [*command, "--set", "batch_size=99"], 1, "18 training images do not fill one batch of 99")
     assert main(command) == 0
 

@@ -222,6 +222,7 @@ def _says(file: Path, message: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*widths of no official model")
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("what", CHANGES)
 def test_files_that_do_not_fit_are_refused(official: dict[str, Tensor], what: str, tmp_path: Path) -> None:
     change, message = CHANGES[what]
