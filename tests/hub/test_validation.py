@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -116,8 +117,11 @@ def test_unreadable_training_images_are_judged_against_the_whole_dataset(
     _spoil(source, "train", 60)
     with pytest.raises(
         DataError, match=r"^2 training images of 90 cannot be read, more than 1% of all 120: \S+png, \S+png\."
-    ):
+    ) as caught:
         seen()
+    # Whoever keeps the error, as this test does, keeps no worker running.
+    assert caught.value.__traceback__ is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_where_no_validation_image_can_be_read_there_is_no_figure(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -146,9 +147,11 @@ def _in_own_words(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; a `DataError` of a worker process, which torch hands on as a traceback, is its one line again."""
     try:
         yield from batches
+        return
     except DataError as error:
         *_, line = str(error).strip().splitlines()
-        raise DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from error
+        traceback.clear_frames(error.__traceback__)  # they hold the iterator, and it the workers, which would run on
+    raise DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
 
 
 def _loading(config: TrainConfig) -> dict[str, Any]:
