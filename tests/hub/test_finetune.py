@@ -411,6 +411,33 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.EFBIG, "Raise the limit on the size of files (ulimit -f), then the same command goes on."),
+        (errno.EDQUOT, "Free some space, then the same command goes on."),
+        (errno.EACCES, "Make it writable, then the same command goes on."),
+    ],
+)
+def test_the_cure_is_that_of_the_cause(
+    number: int, cure: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MDEQ.from_pretrained(checkpoint)
+    state = {"position": {"step": 7}, "model": model.state_dict(), "average": model.state_dict()}
+    with RunFolder(tmp_path / "run") as run:
+        run.open({"recipe": "r", "config": {}})
+
+        def fail(*given: object) -> None:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(files.Path, "replace", fail)
+        with pytest.raises(TrainingError, match=rf"{re.escape(cure)}$"):
+            run.save(state, model)
+    how = "" if number == errno.EACCES else f"{cure[0].lower()}{cure[1:].partition(',')[0]}, or "
+    with pytest.raises(TrainingError, match=rf"cannot be written: no; {re.escape(how)}give another folder\.$"):
+        RunFolder(tmp_path / "other").open({"recipe": "r", "config": {}})
+
+
 def test_what_the_run_holds_is_said_where_it_cannot_be_written(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from images import NAMES, write_folder, write_parquet
 from processes_worker import CONFIG
+from safetensors.torch import load_file
 
-from phantomgrad_hub.data import Source, Subset, open_source
+from phantomgrad_hub import MDEQ
+from phantomgrad_hub.data import Source, Subset, TrainingImages, open_source
 from phantomgrad_hub.train import TrainConfig, TrainingError, TrainResult, train
-from phantomgrad_hub.train.identity import run_identity
+from phantomgrad_hub.train.identity import differences, run_identity
+from phantomgrad_hub.train.settings import to_json
 
 ONE = replace(CONFIG, epochs=1)
 
@@ -111,3 +117,78 @@ def test_the_identity_of_a_million_files_takes_seconds(data: Path) -> None:
     started = time.process_time()
     run_identity(ONE, many, "custom", None)
     assert time.process_time() - started < 10
+
+
+HARMLESS: dict[str, Any] = {"workers": 1, "log_every": 2, "trackers": ("tensorboard",), "checkpoint_minutes": 3.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_what_changes_no_weight_may_change_and_is_logged(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    config = replace(CONFIG, batch_size=3)
+    _train(data, whole, config)
+    load, asked = TrainingImages.__getitems__, list[int]()
+
+    def stopping(self: TrainingImages, indices: list[int]) -> Any:
+        asked.append(len(indices))
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingImages, "__getitems__", stopping)
+        stopped = _train(data, run, config)
+    assert stopped.stopped_by == signal.SIGTERM
+    _train(data, run, replace(config, **HARMLESS))
+    ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    [resumed] = [record for record in records if record["type"] == "resume"]
+    assert resumed == {
+        "type": "resume",
+        "step": stopped.step,
+        "changed": {
+            f"config.{name}": [to_json(getattr(config, name)), to_json(value)] for name, value in HARMLESS.items()
+        },
+    }
+    assert json.loads((run / "config.json").read_text())["config"]["workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"validation_batch_size": 3}, "validation_batch_size"),
+        ({"validate_every": 2}, "validate_every"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_what_changes_the_weights_or_which_are_best_is_refused(
+    change: dict[str, Any], key: str, data: Path, tmp_path: Path
+) -> None:
+    _train(data, tmp_path / "run")
+    with pytest.raises(TrainingError, match=rf"another configuration: config\.{key} differs\."):
+        _train(data, tmp_path / "run", replace(ONE, workers=0, log_every=7, **change))
+
+
+def test_the_workers_of_a_stream_are_part_of_its_order(data: Path) -> None:
+    one = run_identity(ONE, open_source(data), "custom", None)
+    other = run_identity(replace(ONE, workers=2), open_source(data), "custom", None)
+    assert differences(one, other) == []
+    for identity in (one, other):
+        identity["data"]["streamed"] = True
+    assert differences(one, other) == ["config.workers"]
+
+
+def test_a_checkpoint_may_be_spelled_in_another_way(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("start", "other"):
+        MDEQ(CONFIG.model).save_pretrained(tmp_path / name)
+    first = _train(data, tmp_path / "run", init="start")
+    for spelling in ("./start", "start/", tmp_path / "start", Path("other") / ".." / "start"):
+        assert _train(data, tmp_path / "run", init=spelling) == first
+    with pytest.raises(TrainingError, match="another configuration: init differs"):
+        _train(data, tmp_path / "run", init="other")

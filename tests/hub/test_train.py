@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -272,6 +273,45 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line_and_keeps_the_last_s
             _train(source, tmp_path)
     assert "\n" not in str(caught.value)
     assert _train(source, tmp_path).evaluation is not None
+
+
+def test_a_loss_that_is_not_finite_before_anything_is_saved_says_so(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda logits, *given, **options: logits.sum() * torch.nan
+    )
+    with pytest.raises(TrainingError, match=rf"^the loss became nan by step 1; {tmp_path} holds nothing yet\. Start"):
+        _train(source, tmp_path)
+
+
+def test_the_time_of_saving_is_not_that_of_training(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = RunFolder.save
+
+    def slow(self: RunFolder, *given: Any) -> None:
+        time.sleep(3)
+        save(self, *given)
+
+    monkeypatch.setattr(RunFolder, "save", slow)
+    _train(source, tmp_path, replace(CONFIG, model=replace(CONFIG.model, dropout=0.0)))
+    first = [record for record in _log(tmp_path, "train") if record["step"] == 7]
+    assert [record["images_per_s"] > 9 / 3 for record in first] == [True]
+
+
+def test_the_last_batches_of_an_epoch_weigh_as_much_as_others(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
+    plain = replace(CONFIG, model=replace(CONFIG.model, dropout=0.0), epochs=1, ema_decay=0.0, clip=None)
+    plain = replace(plain, optimizer=OptimizerConfig(lr=0.01, weight_decay=0.0), batch_size=18)
+    # Three batches of 18: of four to a step there is one group, which is not whole.
+    assert _train(source, tmp_path / "short", replace(plain, accumulation=4)).step == 1
+    assert _train(source, tmp_path / "whole", replace(plain, accumulation=3)).step == 1
+    short, whole = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("short", "whole"))
+    for key, value in whole.items():
+        torch.testing.assert_close(short[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_damaged_state_says_what_to_delete(source: Source, tmp_path: Path) -> None:

@@ -59,6 +59,10 @@ def test_recipes_are_complete_and_can_be_stored(recipe: Any) -> None:
             lambda c: c.solver_schedule,
             (SolverPhase(until=0.5, solver_steps=2), SolverPhase(until=1.0, solver_steps=6, phantom_steps=4)),
         ),
+        ("trackers=tensorboard", lambda c: c.trackers, ("tensorboard",)),
+        ("trackers=tensorboard, wandb", lambda c: c.trackers, ("tensorboard", "wandb")),
+        ("trackers=()", lambda c: c.trackers, ()),
+        ("trackers=('tensorboard',)", lambda c: c.trackers, ("tensorboard",)),
         ("augmentation.scale=(0.2,0.9)", lambda c: c.augmentation.scale, (0.2, 0.9)),
     ],
 )
@@ -99,6 +103,11 @@ def test_settings_that_need_each_other_are_applied_together() -> None:
         ("epochs.steps=2", "epochs is [0-9]+; it has no fields"),
         ("epochs=0", "epochs must be at least 1, not 0"),
         ("optimizer.lr=-1", "lr must be a finite number above 0"),
+        ("optimizer.lr=1e38", r"lr must be a finite number above 0 and at most 1e\+30, not 1e\+38"),
+        (
+            "optimizer.weight_decay=1e38",
+            r"weight_decay must be a finite number of at least 0 and at most 1e\+06, not 1e\+38",
+        ),
         ("model.groups=7", "channels must be multiples of groups"),
         ("solver_schedule=((0.5,3),)", "the last at 1"),
         ("solver_schedule=((1.0,0),)", "solver_steps must be at least 1"),

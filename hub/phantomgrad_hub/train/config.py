@@ -22,7 +22,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adamw", "lamb"] = "sgd"
     """`lamb`, for batches of thousands, is timm's (You et al., "Large Batch Optimization for Deep Learning", 2020)."""
     lr: float = 0.1
-    """Learning rate at the top of the schedule."""
+    """Learning rate at the top of the schedule; float32 holds what an optimizer makes of at most 1e30."""
     weight_decay: float = 1e-4
     momentum: float = 0.9
     """For `sgd`."""
@@ -34,8 +34,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _choice("name", self.name, ("sgd", "adamw", "lamb"))
-        _positive("lr", self.lr)
-        _not_negative("weight_decay", self.weight_decay)
+        _positive("lr", self.lr, most=1e30)
+        _not_negative("weight_decay", self.weight_decay, most=1e6)
         _fraction("momentum", self.momentum)
         for beta in self.betas:
             _fraction("betas", beta)
@@ -114,7 +114,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images of one process between two calls of the model."""
     accumulation: int = 1
-    """Batches summed into one optimizer step."""
+    """Batches whose mean gradient makes one optimizer step; the last step of an epoch may have fewer. BatchNorm sees each batch
+    alone."""
     clip: float | None = None
     """Largest norm of the gradient of all parameters."""
     label_smoothing: float = 0.0
@@ -187,14 +188,18 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
 
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a finite number above 0, not {value}")
+def _positive(name: str, value: float, *, most: float = math.inf) -> None:
+    if not (0 < value <= most and math.isfinite(value)):
+        raise ConfigError(f"{name} must be a finite number above 0{_and_at_most(most)}, not {value}")
 
 
-def _not_negative(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a finite number of at least 0, not {value}")
+def _not_negative(name: str, value: float, *, most: float = math.inf) -> None:
+    if not (0 <= value <= most and math.isfinite(value)):
+        raise ConfigError(f"{name} must be a finite number of at least 0{_and_at_most(most)}, not {value}")
+
+
+def _and_at_most(most: float) -> str:
+    return f" and at most {most:g}" if math.isfinite(most) else ""
 
 
 def _fraction(name: str, value: float) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 from phantomgrad_hub.data.sources import ImageSplit, Source
 from phantomgrad_hub.data.streaming import StreamedImages
+from phantomgrad_hub.files import EMBEDDED
 
 from .config import TrainConfig
 from .settings import differing_keys, to_json
 
+HARMLESS = {f"config.{name}" for name in ("workers", "log_every", "trackers", "checkpoint_minutes")}
+"""Settings that change no weight, nor which ones are best. The workers of a stream do: each reads a share of its own."""
 SPLITS = {"train": "training", "validation": "validation"}
 
 
@@ -37,17 +40,37 @@ def _digest(split: ImageSplit) -> str:
 
 
 def differences(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted keys at which a stored identity and that of a call differ; what an earlier release left out is no difference."""
+    """The dotted keys at which a stored identity and that of a call differ in what a run comes to.
+
+    What an earlier release left out is no difference, nor is `HARMLESS`.
+    """
     known = stored.get("data")
     data = (
         {key: value for key, value in new["data"].items() if key in known} if isinstance(known, dict) else new["data"]
     )
     keys = differing_keys(stored, {**new, "data": data})
+    if "init" in keys and _is_same_folder(stored.get("init"), new["init"]):
+        keys.remove("init")
     earlier = stored.get("init") is not None and data.keys() < new["data"].keys()
     if "init" in keys or earlier:
         # Another checkpoint is another model. In an earlier release the recipe's was stored, which had no part in the run.
         keys = [key for key in keys if not key.startswith("config.model.")]
-    return keys
+    harmless = HARMLESS - {"config.workers"} if new["data"].get("streamed") else HARMLESS
+    return [key for key in keys if key not in harmless]
+
+
+def harmless_changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The settings among `HARMLESS` that differ, each with its value before and now."""
+    names = [key.removeprefix("config.") for key in differing_keys(stored, new) if key in HARMLESS]
+    return {f"config.{name}": [stored["config"].get(name), new["config"].get(name)] for name in names}
+
+
+def _is_same_folder(one: Any, other: Any) -> bool:
+    """Whether two names of a checkpoint are spellings of one folder that is here."""
+    if not (isinstance(one, str) and isinstance(other, str)) or EMBEDDED in (one, other):
+        return False
+    folders = [Path(name).expanduser() for name in (one, other)]
+    return folders[0].is_dir() and folders[0].resolve() == folders[1].resolve()
 
 
 def data_difference(stored: Mapping[str, Any], new: Mapping[str, Any]) -> str:

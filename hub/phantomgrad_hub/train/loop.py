@@ -36,7 +36,7 @@ from .errors import TrainingError
 from .identity import run_identity
 from .loader import training_batches
 from .meter import Meter
-from .processes import agreed, highest, own_state, precision_in_force, shard
+from .processes import agreed, highest, others_may_end, own_state, precision_in_force, shard
 from .run import RunFolder, machine
 from .start import checkpoint_config, with_checkpoint
 from .state import TrainingState
@@ -98,7 +98,8 @@ def train(
     loader = training_batches(config, source, model.config.image_size, accelerator)
     # Only now: a start that fails for want of a checkpoint, of photos or of a readable one leaves no folder behind.
     run.open(identity)
-    accelerator.wait_for_everyone()
+    with others_may_end(accelerator, run):
+        accelerator.wait_for_everyone()
     optimizer = accelerator.prepare(optimizer)
     if not sharded:
         trained = accelerator.prepare(trained)
@@ -113,7 +114,15 @@ def train(
     validation = Validation(accelerator=accelerator, config=config, source=source, stop=stop)
     meter = Meter(position.step, total_steps, shown=progress and accelerator.is_main_process)
 
-    with run, stop.listening(), meter, tracker, warnings.catch_warnings(), suppress(ValidationStoppedError):
+    with (
+        run,
+        others_may_end(accelerator, run),
+        stop.listening(),
+        meter,
+        tracker,
+        warnings.catch_warnings(),
+        suppress(ValidationStoppedError),
+    ):
         warnings.simplefilter("ignore", NotConvergedWarning)
         for epoch in range(position.epoch - position.awaiting_validation, config.epochs):
             batches = () if position.awaiting_validation else loader.epoch(epoch, position.batch)
@@ -133,7 +142,10 @@ def train(
                     with accelerator.autocast():
                         logits, penalty = trained(images.contiguous(memory_format=layout))
                     loss = functional.cross_entropy(logits.float(), shares, label_smoothing=config.label_smoothing)
-                    accelerator.backward(loss if penalty is None else loss + config.jacobian_penalty * penalty)
+                    total = loss if penalty is None else loss + config.jacobian_penalty * penalty
+                    # Accelerate divides by `accumulation`, and the last group of an epoch may have fewer batches.
+                    group = len(loader) - position.batch + position.batch % config.accumulation
+                    accelerator.backward(total * (config.accumulation / min(group, config.accumulation)))
                     if config.clip is not None and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained.parameters(), config.clip)
                     optimizer.step()
@@ -154,14 +166,16 @@ def train(
                 stopped_by = highest(accelerator, stop.signal or 0)
                 if stopped_by or agreed(accelerator, meter.minutes_since_save() > config.checkpoint_minutes):
                     state.check_finite(meter.mean_loss())
-                    state.save(meter.lap())
+                    with meter.paused("saving"):
+                        state.save(meter.lap())
                 if stopped_by:
                     return TrainResult(step=position.step, stopped_by=stopped_by)
 
             if not position.awaiting_validation:
                 state.check_finite(meter.mean_loss())
                 position.epoch, position.batch, position.awaiting_validation = epoch + 1, 0, True
-                state.save(meter.lap())
+                with meter.paused("saving"):
+                    state.save(meter.lap())
             if position.epoch == config.epochs or position.epoch % config.validate_every == 0:
                 with meter.paused("validating"):
                     found = validation.measure(average.model)
@@ -170,9 +184,11 @@ def train(
                 meter.show(top1=f"{found.top1:.3f}")
                 if found.top1 >= position.best_top1:
                     position.best_top1 = found.top1
-                    run.save_checkpoint(run.best, average.model)
+                    with meter.paused("saving"):
+                        run.save_checkpoint(run.best, average.model)
             position.awaiting_validation = False
-            state.save(meter.lap())
+            with meter.paused("saving"):
+                state.save(meter.lap())
 
         with meter.paused("evaluating the best checkpoint"):
             evaluation = validation.measure_best(run)

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from phantomgrad import PhantomGradError
 from phantomgrad_hub.extras import require
+
+from .errors import TrainingError
+from .run import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +41,21 @@ def own_state() -> Generator[None, None, None]:
         # Accelerate has no public way.
         if not (kept or (distributed.is_available() and distributed.is_initialized())):
             state.AcceleratorState._reset_state(reset_partial_state=not partial)
+
+
+@contextmanager
+def others_may_end(accelerator: Accelerator, run: RunFolder) -> Generator[None, None, None]:
+    """Turn what the back end says where another process has gone into a `TrainingError` of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or isinstance(error, PhantomGradError) or not lost:
+            raise
+        raise TrainingError(
+            f"another process of this run has ended (it, or its launcher, says why); {run.path} {run.held()}. "
+            "The same command goes on."
+        ) from error
 
 
 def precision_in_force() -> str | None:

@@ -27,7 +27,7 @@ from phantomgrad_hub.text import printable, summarise
 
 from .errors import TrainingError
 from .files import repair_folder, write_file, write_folder, write_json
-from .identity import data_difference, differences
+from .identity import data_difference, differences, harmless_changes
 
 PACKAGES = ("phantomgrad", "torch", "torchvision", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
@@ -61,6 +61,7 @@ class RunFolder:
         self._writes = writes
         self._lock: Any = None
         self._saved_step: int | None = None
+        self._changed: dict[str, list[Any]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -96,6 +97,7 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path} holds a run on other data: {what}. Resume on the data as it was, or give another folder."
             )
+        self._changed = harmless_changes(stored, new)
 
     def open(self, config: dict[str, Any]) -> None:
         """Create the folder for a run of `config`, or make that which is there ready; raises `TrainingError`.
@@ -117,7 +119,9 @@ class RunFolder:
             # That of an earlier release lacks what later resumes are compared with.
             write_json(self._config, config)
         except OSError as error:
-            raise TrainingError(f"{self.path} cannot be written: {error.strerror}; give another folder.") from error
+            cure = _cure(error)
+            cure = "give" if cure is None else f"{cure[0].lower()}{cure[1:]}, or give"
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror}; {cure} another folder.") from error
 
     def _take_lock(self) -> None:
         filelock = require("filelock", "train")
@@ -221,10 +225,9 @@ class RunFolder:
             if cause is None:
                 raise
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+            cure = _cure(cause) or "Make it writable"
             raise TrainingError(
-                f"{self.path} cannot be written: {reason}; it {self.held()}. "
-                f"{'Free some space' if full else 'Make it writable'}, then the same command goes on."
+                f"{self.path} cannot be written: {reason}; it {self.held()}. {cure}, then the same command goes on."
             ) from error
 
     def save_result(self, result: dict[str, Any]) -> None:
@@ -271,6 +274,11 @@ class RunFolder:
         with self._writing():
             write_file(self._metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
+    def log_resume(self, step: int) -> None:
+        """Say in the log with which other settings than before the run goes on; raises `TrainingError`."""
+        if self._changed:
+            self.log({"type": "resume", "step": step, "changed": self._changed})
+
     def log_environment(self, device: torch.device, processes: int, step: int) -> None:
         """Add this session to `environment.json`: versions, machine, and the step it starts at."""
         if not self._writes:
@@ -299,6 +307,14 @@ def _cause(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, OSError | safetensors.SafetensorError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _cure(error: BaseException) -> str | None:
+    """What helps where the folder itself could be written; None where it cannot."""
+    number = getattr(error, "errno", None)
+    if number == errno.EFBIG:
+        return "Raise the limit on the size of files (ulimit -f)"
+    return "Free some space" if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) else None
 
 
 def _environment() -> dict[str, Any]:

@@ -155,6 +155,8 @@ def _as_type(value: Any, hint: Any, key: str) -> tuple[bool, Any]:
 
 
 def _as_tuple(value: Any, entries: tuple[Any, ...], key: str) -> tuple[bool, Any]:
+    if isinstance(value, str) and entries == (str, Ellipsis):
+        value = tuple(name.strip() for name in value.split(","))
     if isinstance(value, str) or value is None:
         return False, None
     items = tuple(value) if isinstance(value, tuple | list) else (value,)

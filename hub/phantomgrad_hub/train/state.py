@@ -47,6 +47,7 @@ class TrainingState:
                     self.accelerator.scaler.load_state_dict(stored["scaler"])
             self.run.restored(self.position)
         self.run.rewind_log(self.position)
+        self.run.log_resume(self.position.step)
         self.run.log_environment(self.accelerator.device, self.accelerator.num_processes, self.position.step)
 
     def save(self, seconds: float) -> None:
