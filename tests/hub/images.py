@@ -51,6 +51,12 @@ def write_folder(folder: Path, per_class: int, *, first: int = 0) -> None:
             picture(label, index).save(folder / name / f"{index:03}.png")
 
 
+def write_splits(folder: Path) -> None:
+    """`train/` of five images of each class and `val/` of two others."""
+    write_folder(folder / "train", 5)
+    write_folder(folder / "val", 2, first=50)
+
+
 def write_class_table(folder: Path) -> None:
     """A `classes.json` that gives the classes WordNet ids and longer names."""
     rows = [{"label": label, "wnid": f"n{label:08}", "name": f"{name} thing"} for label, name in enumerate(NAMES)]
