@@ -6,8 +6,11 @@ every number of steps, and under every tolerance. From these come the smallest f
 the cheapest pair of tolerance and limit that costs at most what may be lost. The other photos are then classified by the
 solver as it is, once with that fixed number and once with that tolerance.
 
-A second rule looks at the answer instead: a few steps for all photos, and for those whose two likeliest classes are close a
-second solve from where the first has ended. Threshold and lengths are chosen on the same photos, at half that cost.
+A second rule looks at the answer instead (`phantomgrad_hub.classify_early`): a photo stops where its likeliest class leads the
+next by more than a share of the last change of all probabilities. The share is chosen on the same photos without their labels:
+the smallest at which the fixed number's own probabilities of its answers exceed those of the early answers by no more than may
+be lost, in the mean. The other photos are classified both ways, batch by batch in turn. What the draw of the first photos does to
+all this is counted over many draws.
 
 Prints tables and writes them as JSON. What the file already has for the same settings is kept, so an interrupted run goes on.
 """
@@ -18,6 +21,8 @@ import argparse
 import json
 import math
 import platform
+import statistics
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phantomgrad import Anderson, Attachment, FixedPointIteration, NotConvergedWarning, Solver, attachments
-from phantomgrad_hub import MDEQ
+from phantomgrad import Anderson, FixedPointIteration, NotConvergedWarning, Solver, attachments
+from phantomgrad_hub import MDEQ, EarlyAnswer, classify_early
 from phantomgrad_hub.data import Subset, open_source
+from phantomgrad_hub.early_exit import lead_of
 from phantomgrad_hub.evaluate import best_states, evaluate_images, match_classes
 from phantomgrad_hub.labels import ClassLabel
 
@@ -40,8 +46,10 @@ FINEST = 1e-3
 TOLERANCES = [round(10 ** (-exponent / 16), 4) for exponent in range(4, 49)]
 NEAR_BEST, MAY_LOSE = 0.001, 0.002
 """Accuracies, as fractions: what counts as the best, and what an exit may cost."""
-FURTHER = 3
-"""The most steps of a second solve."""
+LEADS = [round(0.02 * step, 2) for step in range(1, 101)]
+"""Of the likeliest class, as shares of the last change of all probabilities."""
+FIRST, FOLLOWED, DRAWS = 3, 8, 40
+"""The first step at which an answer may do, the steps that are followed for it, and the draws of photos."""
 SOLVERS: dict[str, Solver] = {
     "Anderson": Anderson(),
     "damped iteration": FixedPointIteration(damping=0.7),
@@ -141,54 +149,120 @@ def classify(
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Photos whose solve is looked at once and, where the answer is unsure, goes on: a boolean or number each."""
+class Answers:
+    """What the photos of a set are taken for, step by step."""
 
-    margin: Tensor
-    """By how much the likeliest class leads the next after the first solve, a difference of probabilities."""
-    right: Tensor
-    """Whether that is right."""
-    later: Tensor
-    """Whether the answer is after every further number of steps, shape (photos, steps)."""
+    probabilities: Tensor
+    """Of every class, shape (photos, steps, classes)."""
+    targets: Tensor
+    """The true classes, shape (photos,)."""
 
-    def outcome(self, first: int, second: int, threshold: float) -> tuple[float, float]:
-        """Mean evaluations and accuracy where answers with a margin below `threshold` get `second` more steps."""
-        unsure = self.margin < threshold
-        right = torch.where(unsure, self.later[:, second - 1], self.right)
-        return first + second * unsure.double().mean().item(), right.double().mean().item()
+    def subset(self, rows: Tensor) -> Answers:
+        return Answers(self.probabilities[rows], self.targets[rows])
+
+    def steps(self, lead: float, fixed: int) -> Tensor:
+        """How many steps each photo takes where it stops once its lead is `lead` times the last change, or after `fixed`."""
+        change = self.probabilities[:, :fixed].diff(dim=1).abs().sum(2)
+        stop = lead_of(self.probabilities[:, 1:fixed]) >= lead * change
+        stop[:, : FIRST - 2], stop[:, -1] = False, True
+        return stop.int().argmax(1) + 2
+
+    def right_after(self, steps: Tensor | int) -> Tensor:
+        """Whether the answer after so many steps is right, shape (photos,)."""
+        return self._classes(steps) == self.targets
+
+    def expected_loss(self, steps: Tensor, fixed: int) -> float:
+        """The accuracy that answering after `steps` loses if the probabilities after `fixed` steps are true."""
+        last = self.probabilities[:, fixed - 1]
+        return (last.amax(1) - last.gather(1, self._classes(steps)[:, None])[:, 0]).double().mean().item()
+
+    def _classes(self, steps: Tensor | int) -> Tensor:
+        rows = torch.arange(len(self.targets))
+        return self.probabilities[rows, steps - 1].argmax(1)
 
 
-def read_answer(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest class, and by how much its probability leads the next."""
-    two = logits.softmax(1).topk(2, dim=1)
-    return two.indices[:, 0], two.values[:, 0] - two.values[:, 1]
-
-
-def follow_stages(
-    model: MDEQ, solver: Solver, photos: Subset, classes: list[int], batch: int, firsts: Sequence[int]
-) -> dict[int, Stages]:
-    """For each number of steps in `firsts`, what a solve of so many and up to `FURTHER` steps after it give for every photo."""
-    found: dict[int, list[Stages]] = {first: [] for first in firsts}
+def follow_answers(model: MDEQ, solver: Solver, photos: Subset, classes: list[int], batch: int) -> Answers:
+    """The answer of every photo after every step of `solver`."""
+    found: list[Answers] = []
     [attachment] = attachments(model.block)
-    brief = replace(solver, max_steps=max(firsts), rtol=0.0, atol=0.0, trace="state")
-    further = replace(brief, max_steps=FURTHER)
     for indices, targets, images in batches(model, photos, classes, batch):
-        with torch.inference_mode():
-            injection = model.inject(images)
-            for first, state in dict(
-                solved(model, attachment, brief, model.initial_state(injection), injection)
-            ).items():
-                if first in found:
-                    answer, margin = read_answer(model.head(state))
-                    states = solved(model, attachment, further, state, injection)
-                    later = torch.stack([model.head(each).argmax(1) == targets for _, each in states], 1)
-                    found[first].append(Stages(margin, answer == targets, later))
+        seen: list[Tensor] = []
+
+        def look(step: int, state: tuple[Tensor, ...], residual: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(model.head(state).softmax(1))
+
+        with torch.inference_mode(), attachment.using(solver=solver, on_step=look):
+            model.equilibrium(model.inject(images))
+        found.append(Answers(torch.stack(seen, 1), targets))
         print(f"\r{indices[-1] + 1} of {len(photos)} photos followed", end="", flush=True)
     print("\r" + " " * 40, end="\r")
+    return Answers(*(torch.cat([getattr(part, name) for part in found]) for name in ("probabilities", "targets")))
+
+
+def choose_lead(answers: Answers, fixed: int) -> dict[str, Any]:
+    """The smallest lead that is expected to lose no more than may be lost, and what every lead gives."""
+    rows: list[dict[str, float]] = []
+    for lead in LEADS:
+        steps = answers.steps(lead, fixed)
+        rows.append(
+            {
+                "lead": lead,
+                "evaluations": steps.double().mean().item(),
+                "accuracy": answers.right_after(steps).double().mean().item(),
+                "expected_loss": answers.expected_loss(steps, fixed),
+            }
+        )
+    chosen = next((row for row in rows if row["expected_loss"] <= MAY_LOSE), rows[-1])
+    return {**chosen, "first": FIRST, "by_lead": rows}
+
+
+def over_draws(answers: Answers, choosing: int) -> dict[str, Any]:
+    """Fixed number and lead chosen on `choosing` photos and measured on the others, for many draws of them."""
+    rows: list[dict[str, float]] = []
+    for seed in range(DRAWS):
+        order = torch.randperm(len(answers.targets), generator=torch.Generator().manual_seed(seed))
+        chosen_on, others = answers.subset(order[:choosing]), answers.subset(order[choosing:])
+        accuracies = [chosen_on.right_after(step).double().mean().item() for step in range(1, FOLLOWED + 1)]
+        fixed = next(
+            step for step in range(3, FOLLOWED + 1) if accuracies[step - 1] >= max(accuracies) - NEAR_BEST - 1e-9
+        )
+        lead = choose_lead(chosen_on, fixed)["lead"]
+        steps = others.steps(lead, fixed)
+        lost = others.right_after(fixed).double().mean() - others.right_after(steps).double().mean()
+        ratio = steps.double().mean().item() / fixed
+        rows.append({"fixed": fixed, "lead": lead, "ratio": ratio, "points_lost": 100 * lost.item()})
     return {
-        first: Stages(*(torch.cat([getattr(part, name) for part in parts]) for name in ("margin", "right", "later")))
-        for first, parts in found.items()
+        **{name: statistics.mean(row[name] for row in rows) for name in ("ratio", "points_lost")},
+        **{f"{name}_spread": statistics.stdev(row[name] for row in rows) for name in ("ratio", "points_lost")},
+        "draws": rows,
     }
+
+
+def classify_both(
+    model: MDEQ, always: Solver, photos: Subset, classes: list[int], batch: int, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """Photos classified by `always` and by `classify_early`, batch by batch in turn."""
+    [attachment] = attachments(model.block)
+    found_by: list[dict[str, list[Tensor]]] = [{"steps": [], "right": []} for _ in range(2)]
+    seconds = [0.0, 0.0]
+    for indices, targets, images in batches(model, photos, classes, batch):
+        turns = (0, 1) if indices[0] // batch % 2 else (1, 0)
+        for early in turns:
+            with torch.inference_mode(), attachment.using(solver=always):
+                began = time.perf_counter()
+                if early:
+                    answer = classify_early(model, images, lead=chosen["lead"], first=chosen["first"])
+                else:
+                    answer = EarlyAnswer(model(images), torch.full_like(targets, always.max_steps))
+                seconds[early] += time.perf_counter() - began
+            found_by[early]["steps"].append(answer.steps)
+            found_by[early]["right"].append(answer.logits.argmax(1) == targets)
+        print(f"\r{indices[-1] + 1} of {len(photos)} photos classified", end="", flush=True)
+    print("\r" + " " * 40, end="\r")
+    found = compare(*({name: torch.cat(parts) for name, parts in each.items()} for each in found_by))
+    for name, spent in zip(("fixed", "exit"), seconds, strict=True):
+        found[name]["photos_per_s"] = len(photos) / spent
+    return found
 
 
 def batches(model: MDEQ, photos: Subset, classes: list[int], size: int) -> Iterator[tuple[range, Tensor, Tensor]]:
@@ -197,59 +271,6 @@ def batches(model: MDEQ, photos: Subset, classes: list[int], size: int) -> Itera
         indices = range(start, min(start + size, len(photos)))
         targets = torch.tensor([classes[photos.targets[index]] for index in indices])
         yield indices, targets, torch.cat([model.preprocess(photos.image(index)) for index in indices])
-
-
-def solved(
-    model: MDEQ, attachment: Attachment, solver: Solver, start: Any, injection: Tensor
-) -> list[tuple[int, tuple[Tensor, ...]]]:
-    """The state after every number of steps of a solve traced by state."""
-    with attachment.using(solver=solver):
-        model.block(start, *model.block_inputs(injection))
-    assert attachment.solution is not None
-    return list(best_states(attachment.solution, range(1, solver.max_steps + 1)))
-
-
-def choose_stages(stages: dict[int, Stages], needed: float) -> dict[str, Any]:
-    """The cheapest lengths and threshold with the accuracy `needed`, or the most accurate where none has it."""
-    found = [
-        (*each.outcome(first, second, threshold / 200), first, second, threshold / 200)
-        for first, each in stages.items()
-        for second in range(1, FURTHER + 1)
-        for threshold in range(201)
-    ]
-    enough = [each for each in found if each[1] >= needed]
-    best = min(enough) if enough else max(found, key=lambda each: each[1])
-    return dict(zip(("evaluations", "accuracy", "first", "second", "threshold"), best, strict=True))
-
-
-def classify_in_stages(
-    model: MDEQ, solver: Solver, photos: Subset, classes: list[int], batch: int, chosen: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Per photo, with a second solve where the first answer is unsure: evaluations made, and whether the answer is right."""
-    [attachment] = attachments(model.block)
-    first, second = (replace(solver, max_steps=chosen[name], rtol=0.0, atol=0.0) for name in ("first", "second"))
-    steps, right = [], []
-    for indices, targets, images in batches(model, photos, classes, batch):
-        with torch.inference_mode():
-            injection = model.inject(images)
-            with attachment.using(solver=first):
-                state = model.equilibrium(injection)
-            assert attachment.solution is not None
-            made = attachment.solution.steps.clone()
-            answer, margin = read_answer(model.head(state))
-            unsure = margin < chosen["threshold"]
-            if unsure.any():
-                start_again = tuple(leaf[unsure] for leaf in state)
-                with attachment.using(solver=second):
-                    state = model.block(start_again, *model.block_inputs(injection[unsure]))
-                assert attachment.solution is not None
-                made[unsure] += attachment.solution.steps
-                answer[unsure] = model.head(state).argmax(1)
-        steps.append(made)
-        right.append(answer == targets)
-        print(f"\r{indices[-1] + 1} of {len(photos)} photos classified", end="", flush=True)
-    print("\r" + " " * 40, end="\r")
-    return {"steps": torch.cat(steps), "right": torch.cat(right)}
 
 
 def compare(fixed: dict[str, Tensor], early: dict[str, Tensor]) -> dict[str, Any]:
@@ -322,48 +343,42 @@ def examine(
     labels: Sequence[ClassLabel],
     batch: int,
 ) -> Iterator[str]:
-    """Fill in what `row` lacks: `chosen` and `stages` on the first photos, `measured` and `staged` on the others."""
+    """Fill in what `row` lacks: `chosen` and `answers` on the first photos, `measured` and `answered` on the others."""
     choosing, measured = photos
     classes = match_classes(model.classes, labels)
     if "chosen" not in row:
         row["chosen"] = choose(follow(model, solver, choosing, classes, batch))
         yield "chosen"
     fixed, early = row["chosen"]["fixed"], row["chosen"]["exit"]
+    always = replace(solver, max_steps=fixed["steps"], rtol=0.0, atol=0.0)
     if "measured" not in row:
-        always = replace(solver, max_steps=fixed["steps"], rtol=0.0, atol=0.0)
         stopping = replace(solver, max_steps=early["max_steps"], rtol=early["rtol"], atol=0.0)
         row["measured"] = compare(*(classify(model, each, measured, labels, batch) for each in (always, stopping)))
         yield "measured"
-    if "stages" not in row:
-        firsts = [fixed["steps"] // 2, fixed["steps"] // 2 + 1]
-        needed = fixed["accuracy"] - MAY_LOSE / 2 - 1e-9
-        row["stages"] = choose_stages(follow_stages(model, solver, choosing, classes, batch, firsts), needed)
-        yield "stages"
-    if "staged" not in row:
-        records = classify_in_stages(model, solver, measured, classes, batch, row["stages"])
-        accuracy = records["right"].double().mean().item()
-        evaluations = records["steps"].double().mean().item()
-        against = row["measured"]["fixed"]
-        row["staged"] = {
-            "evaluations": evaluations,
-            "accuracy": accuracy,
-            "ratio": evaluations / against["evaluations"],
-            "points_lost": 100 * (against["accuracy"] - accuracy),
-            "looked_at_twice": (records["steps"] > row["stages"]["first"]).double().mean().item(),
-        }
-        yield "staged"
+    if "answers" not in row:
+        row["answers"] = choose_lead(follow_answers(model, always, choosing, classes, batch), fixed["steps"])
+        yield "answers"
+    if "answered" not in row:
+        row["answered"] = classify_both(model, always, measured, classes, batch, row["answers"])
+        yield "answered"
+    if "over_draws" not in row:
+        followed = replace(always, max_steps=FOLLOWED)
+        answers = [follow_answers(model, followed, each, classes, batch) for each in photos]
+        everything = Answers(
+            *(torch.cat([getattr(part, name) for part in answers]) for name in ("probabilities", "targets"))
+        )
+        row["over_draws"] = over_draws(everything, len(choosing))
+        yield "over_draws"
 
 
 def print_table(name: str, row: dict[str, Any]) -> None:
     """What was measured with one solver."""
-    measured, staged = row["measured"], row["staged"]
+    measured, answered = row["measured"], row["answered"]
+    losses = ("ratio", "points_lost")
     rows = {
         f"always {row['chosen']['fixed']['steps']}": {**measured["fixed"], "ratio": 1.0, "points_lost": 0.0},
-        f"rtol={row['chosen']['exit']['rtol']}": {
-            **measured["exit"],
-            **{k: measured[k] for k in ("ratio", "points_lost")},
-        },
-        "unsure go on": staged,
+        f"rtol={row['chosen']['exit']['rtol']}": {**measured["exit"], **{key: measured[key] for key in losses}},
+        f"lead={row['answers']['lead']}": {**answered["exit"], **{key: answered[key] for key in losses}},
     }
     print(f"{name:<18}{'evaluations':>12}{'ratio':>8}{'accuracy':>10}{'points lost':>13}")
     for label, values in rows.items():

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from phantomgrad_hub.config import MDEQConfig as MDEQConfig
     from phantomgrad_hub.convert import convert_official as convert_official
+    from phantomgrad_hub.early_exit import EarlyAnswer as EarlyAnswer
+    from phantomgrad_hub.early_exit import classify_early as classify_early
     from phantomgrad_hub.errors import CheckpointError as CheckpointError
     from phantomgrad_hub.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from phantomgrad_hub.errors import ConfigError as ConfigError
@@ -37,6 +39,7 @@ _MODULES = {
     "CheckpointNotFoundError": "errors",
     "ClassLabel": "labels",
     "ConfigError": "errors",
+    "EarlyAnswer": "early_exit",
     "ExportError": "errors",
     "HubError": "errors",
     "ImageError": "errors",
@@ -44,6 +47,7 @@ _MODULES = {
     "MDEQConfig": "config",
     "MissingExtraError": "errors",
     "Preprocessing": "preprocessing",
+    "classify_early": "early_exit",
     "convert_official": "convert",
     "mdeq_cifar_large": "models.builders",
     "mdeq_cifar_tiny": "models.builders",
@@ -57,6 +61,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClassLabel",
     "ConfigError",
+    "EarlyAnswer",
     "ExportError",
     "HubError",
     "ImageError",
@@ -64,6 +69,7 @@ __all__ = [
     "MDEQConfig",
     "MissingExtraError",
     "Preprocessing",
+    "classify_early",
     "convert_official",
     "mdeq_cifar_large",
     "mdeq_cifar_tiny",

@@ -20,7 +20,7 @@ from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._communication import refuse_communication
 from phantomgrad._errors import AttachError, DivergedError, NotConvergedError, NotConvergedWarning
-from phantomgrad._fixed_point import Settings, run
+from phantomgrad._fixed_point import OnStep, Settings, run
 from phantomgrad._once_per_solve import OncePerSolve
 from phantomgrad._parametrizations import release
 from phantomgrad._report import Report
@@ -148,11 +148,15 @@ class Attachment(Bound):
         return self._report.unconverged
 
     @contextmanager
-    def using(self, *, gradient: Gradient | None = None, solver: Solver | None = None) -> Generator[Self, None, None]:
+    def using(
+        self, *, gradient: Gradient | None = None, solver: Solver | None = None, on_step: OnStep | None = None
+    ) -> Generator[Self, None, None]:
         """Other settings for this thread within a `with`; `solver` then holds with and without grad."""
         changes: dict[str, Any] = {} if gradient is None else {"gradient": gradient}
         if solver is not None:
             changes |= {"solver": solver, "eval_solver": None}
+        if on_step is not None:
+            changes |= {"on_step": on_step}
         replace(self._current_settings(), **changes)  # a wrong value is refused before anything changes
         self._thread.overrides.append(changes)
         try:

@@ -4,7 +4,8 @@ Note [Compaction]
 A converged sample is frozen, so what the map makes of it is known: evaluations may go on with the others alone, where the caller
 has declared which inputs are to be narrowed with the state. All that leaves the solve (callbacks, traces, the outcome) has the
 whole batch, the dropped samples as they were frozen. Every narrowing copies the state, those inputs and the solver's memory, so
-one is made only when a good part of the present batch has converged; then there are few of them, whatever the batch.
+one is made only when a good part of the present batch has converged; then there are few of them, whatever the batch. Some
+converged samples stay, so that the size is one of a few.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Narrow = Callable[[Tensor, Samples], Map | None]
 """The map for the samples at these positions of the whole batch alone; None where that would be another map."""
 
 WORTHWHILE = 0.125
-"""The part of the present batch that must have converged."""
+"""The part of the present batch that is dropped at least."""
+SIZES = 16
+"""How many sizes a batch may take: back ends prepare their operations anew for every size that they have not met lately."""
 
 
 class Batch:
@@ -41,16 +44,19 @@ class Batch:
         self._outcome: Outcome | None = None
 
     def drop_converged(self, progress: Progress, point: Leaves, image: Leaves) -> Tensor | None:
-        """Drop the converged samples, where that pays, and return which of the present ones stay.
+        """Drop converged samples, where that pays, and return which of the present ones stay.
 
         `point` and `image` are every present sample's best iterate, at which it is frozen, and what the map makes of it.
         """
         if self._narrow is None:
             return None
         converged = progress.outcome.converged
-        kept = (~converged).nonzero().squeeze(1)
-        if len(converged) - len(kept) < max(1.0, WORTHWHILE * len(converged)):
+        left = len(converged) - int(converged.sum())
+        unit = max(1, self._whole.count // SIZES)
+        size = min(-(-left // unit) * unit, len(converged))
+        if len(converged) - size < max(1.0, WORTHWHILE * len(converged)):
             return None
+        kept = torch.argsort(converged.byte(), stable=True)[:size].sort().values
         rows = self._rows[kept] if self.narrowed else kept
         samples = self._whole.narrowed(len(rows))
         evaluate = self._narrow(rows, samples)
@@ -69,6 +75,10 @@ class Batch:
     def whole_residual(self, residual: Tensor) -> Tensor:
         """The present samples' `residual` among those of the dropped ones, shape (samples,)."""
         return self._best.index_copy(0, self._rows, residual) if self.narrowed else residual
+
+    def present(self, chosen: Tensor) -> Tensor:
+        """Of a flag for every sample, shape (samples,), those of the present ones."""
+        return chosen[self._rows] if self.narrowed else chosen
 
     def whole_result(self, progress: Progress, point: Leaves, image: Leaves) -> tuple[Leaves, Leaves, Tensor, Outcome]:
         """Best points, their images and residuals, and what has become of every sample."""

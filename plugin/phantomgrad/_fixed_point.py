@@ -28,8 +28,12 @@ from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.gradients._base import Problem, Refinement
 from phantomgrad.solvers import FixedPointIteration, Solver
 
-OnStep = Callable[[int, State, Tensor], None]
-"""Called after each check with the step, the state's image `f(z)` and the relative residual of every sample."""
+OnStep = Callable[[int, State, Tensor], Tensor | None]
+"""Called after each check with the step, the state's image `f(z)` and the relative residual of every sample.
+
+It may return the samples that are to stop at this image, a bool tensor of shape (samples,); they then count as converged.
+With a `process_group` all processes return one, or none does.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +180,7 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
             samples,
             tolerance_dtype=tolerance_dtype,
             stop_on_divergence=settings.on_failure != "ignore",
-            on_step=None
-            if on_step is None
-            else lambda step, z, residual: on_step(step, cell.structure.unflatten(z), residual),
+            on_step=None if on_step is None else _for_leaves(on_step, cell),
             agree=agree,
             recorded=recorded,
             stop_early=not gradient.records_solve,
@@ -212,6 +214,24 @@ def run(cell: Cell, settings: Settings, *, visible: Iterable[Any], report: Repor
         raise
     cell.finish()
     return leaves, _solution(cell, leaves, problem)
+
+
+def _for_leaves(on_step: OnStep, cell: Cell) -> Callable[[int, Leaves, Tensor], Tensor | None]:
+    """`on_step` for images as leaves, with what it returns checked."""
+
+    def on_leaves(step: int, image: Leaves, residual: Tensor) -> Tensor | None:
+        chosen = on_step(step, cell.structure.unflatten(image), residual)
+        if chosen is None:
+            return None
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != residual.shape:
+            got = f"{chosen.dtype} of shape {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
+            raise TypeError(
+                "on_step must return None, or which samples are to stop as a bool tensor of shape "
+                f"{tuple(residual.shape)}, got {got}."
+            )
+        return chosen.to(residual.device)
+
+    return on_leaves
 
 
 def _connected(cell: Cell, gradient: Gradient, problem: Problem) -> Leaves:

@@ -95,6 +95,19 @@ class Progress:
         self.any_diverged = not none_diverged and not torch.compiler.is_exporting()
         return self._found(residual, None if all_improved else improved, None if all_running else stopped)
 
+    def accept(self, chosen: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Let the running samples among `chosen` stop at this check, as if they had converged.
+
+        Returns those, and all that have stopped by now (None where there are none).
+        """
+        before = self.outcome
+        accepted = chosen & ~before.stopped(early=True)
+        self._outcome = after = Outcome(before.converged | accepted, before.diverged, before.steps)
+        self.best = torch.where(accepted, residual, self.best)
+        stopped = after.stopped(early=True)
+        self.all_converged, self.all_stopped, all_running = self._ask(after.converged, stopped, ~stopped)
+        return accepted, None if all_running else stopped
+
     def _ask(self, *conditions: Tensor) -> list[bool]:
         """Whether each condition holds for all samples, of all processes: the only transfer to the host."""
         if torch.compiler.is_exporting():

@@ -71,7 +71,7 @@ class Solution:
     value: State
     """The solution `f(z_best)`, nested like the state; `UnrolledPhantom` refines it where gradients are recorded."""
     converged: Tensor
-    """Whether `||f(z) - z|| <= atol + rtol * ||f(z)||` was met, bool of shape (samples,)."""
+    """Whether `||f(z) - z|| <= atol + rtol * ||f(z)||` was met, or `on_step` let the sample stop; bool of shape (samples,)."""
     steps: Tensor
     """How many evaluations the solver made until the sample stopped, integers of shape (samples,)."""
     residual: Tensor

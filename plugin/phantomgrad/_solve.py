@@ -16,7 +16,7 @@ from phantomgrad._solution import Trace
 from phantomgrad._state import Leaves, Map
 from phantomgrad.solvers import Solver
 
-OnStep = Callable[[int, Leaves, Tensor], None]
+OnStep = Callable[[int, Leaves, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,11 @@ def solve(
 ) -> Solved:
     """Iterate `evaluate` from `start` until every sample has converged or diverged, or the steps run out.
 
-    A converged sample is frozen at its iterate. A diverged one (its residual is not finite) ends the solve at once if
-    `stop_on_divergence`; otherwise it is frozen at its best finite iterate. With `recorded` the graph of all steps is kept;
-    without `stop_early` no sample stops before the last of them. With `narrow` converged samples are no longer evaluated
-    where that pays (Note [Compaction]); the result is the same, but for `memory`, which is that of the others.
+    A converged sample is frozen at its iterate, and so is one that `on_step` chooses. A diverged one (its residual is not
+    finite) ends the solve at once if `stop_on_divergence`; otherwise it is frozen at its best finite iterate. With `recorded`
+    the graph of all steps is kept; without `stop_early` no sample stops before the last of them. With `narrow` converged
+    samples are no longer evaluated where that pays (Note [Compaction]); the result is the same, but for `memory`, which is
+    that of the others.
     """
     with torch.set_grad_enabled(recorded):
         return _iterate(
@@ -116,13 +117,23 @@ def _iterate(
                 if trace.states is not None:
                     trace.states.append(batch.whole(fz))
             if on_step is not None:
-                on_step(step, batch.whole(fz), batch.whole_residual(check.residual))
+                chosen = on_step(step, batch.whole(fz), batch.whole_residual(check.residual))
+                if chosen is not None and stop_early:
+                    accepted, stopped = progress.accept(batch.present(chosen), check.residual)
+                    best_point, best_image = (
+                        samples.where(accepted, z, best_point),
+                        samples.where(accepted, fz, best_image),
+                    )
             if progress.all_stopped or (progress.any_diverged and stop_on_divergence) or step == solver.max_steps:
                 break
             kept = None if stopped is None else batch.drop_converged(progress, best_point, best_image)
             if kept is not None and stopped is not None:
                 stopped = stopped[kept]
-                z, fz, best_point, best_image = (samples.select(each, kept) for each in (z, fz, best_point, best_image))
+                stopped = stopped if stopped.any() else None
+                point, image = z, fz
+                z, fz = samples.select(point, kept), samples.select(image, kept)
+                best_point = z if best_point is point else samples.select(best_point, kept)
+                best_image = fz if best_image is image else samples.select(best_image, kept)
                 memory, samples = solver.select(memory, kept), batch.samples
         advanced = solver.advance(z, fz, memory, samples)
         z = advanced if stopped is None else samples.where(stopped, best_point, advanced)

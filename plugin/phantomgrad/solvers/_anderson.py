@@ -68,8 +68,9 @@ class History:
         """Store a pair of shape (samples, entries) in place of the oldest."""
         if self.size == 0:
             shape = (residual.shape[0], self.capacity, residual.shape[1])
-            self.residuals = residual.new_zeros(shape)
-            self.targets = residual.new_zeros(shape)
+            # Places that are not taken yet are never read.
+            self.residuals = residual.new_empty(shape)
+            self.targets = residual.new_empty(shape)
             # The Gram matrix squares the condition number, so it is kept in float64 where the device has it.
             exact = torch.promote_types(
                 residual.dtype, torch.float64 if residual.device.type != "mps" else torch.float32
@@ -79,16 +80,23 @@ class History:
         self.size = min(self.size + 1, self.capacity)
         self.residuals[:, self._newest] = residual
         self.targets[:, self._newest] = target
-        column = torch.bmm(self.residuals.conj(), residual.unsqueeze(-1)).squeeze(-1).to(self.gram.dtype)
-        self.gram[:, self._newest, :] = column.conj()
-        self.gram[:, :, self._newest] = column
+        taken = self.residuals[:, : self.size]
+        column = torch.bmm(taken.conj(), residual.unsqueeze(-1)).squeeze(-1).to(self.gram.dtype)
+        self.gram[:, self._newest, : self.size] = column.conj()
+        self.gram[:, : self.size, self._newest] = column
 
     def select(self, rows: Tensor) -> History:
         """That of the samples `rows` alone."""
         selected = copy.copy(self)
         if self.size > 0:
-            selected.residuals, selected.targets = self.residuals[rows], self.targets[rows]
+            selected.residuals, selected.targets = self._taken(self.residuals, rows), self._taken(self.targets, rows)
             selected.gram = self.gram[rows]
+        return selected
+
+    def _taken(self, ring: Tensor, rows: Tensor) -> Tensor:
+        """The samples `rows` of a ring, of which only the places that are taken are copied."""
+        selected = ring.new_empty((len(rows), *ring.shape[1:]))
+        selected[:, : self.size] = ring[:, : self.size][rows]
         return selected
 
     def weights(self, ridge: float) -> Tensor:
