@@ -45,19 +45,26 @@ def classify_early(
 
     or at the tolerance or limit of `solver` (the model's own by default). Where a step makes the change `r` times as large as
     the one before, all further steps together change the probabilities by `r / (1 - r)` times the last change, so that a `lead`
-    of this size leaves the answer as it is. The head runs once a step from `first - 1` on, for the images that are left.
+    of this size leaves the answer as it is. The head runs once a step from `first - 1` on, for the images that are left, and once
+    more for those that the solver stops; where the solver checks every few steps only, a change is that between two checks.
+    The model is used in eval mode and left in the mode it was in.
     """
-    if not (isinstance(lead, int | float) and 0 <= lead < math.inf):
+    if isinstance(lead, bool) or not (isinstance(lead, int | float) and 0 <= lead < math.inf):
         raise ValueError(f"lead must be a finite number of at least 0, got {lead!r}")
     if isinstance(first, bool) or not isinstance(first, int) or first < 2:
         raise ValueError(f"first must be an integer of at least 2, as a change needs a step before it, got {first!r}")
     [attachment] = attachments(model.block)
     watch = AnswerWatch(model.head, lead, first)
-    with attachment.using(solver=solver, on_step=watch):
-        state = model.equilibrium(model.inject(images))
-    solution = attachment.solution
-    assert solution is not None
-    return EarlyAnswer(watch.answers(state), solution.steps)
+    was_training = model.training
+    try:
+        model.train(False)
+        with attachment.using(solver=solver, on_step=watch):
+            state = model.equilibrium(model.inject(images))
+        solution = attachment.solution
+        assert solution is not None
+        return EarlyAnswer(watch.answers(state), solution.steps)
+    finally:
+        model.train(was_training)
 
 
 class AnswerWatch:
@@ -78,7 +85,7 @@ class AnswerWatch:
             self._settled = torch.zeros_like(residual, dtype=torch.bool)
             return None
         # Some settled images may go along, so that the size is one of a few.
-        unit = max(1, len(self._settled) // SIZES)
+        unit = -(-len(self._settled) // SIZES)
         left = len(self._settled) - int(self._settled.sum())
         rows = torch.argsort(self._settled.byte(), stable=True)[: -(-left // unit) * unit]
         logits = self._head(tuple(leaf[rows] for leaf in state))

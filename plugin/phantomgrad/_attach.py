@@ -47,6 +47,7 @@ def attach(
     on_failure: "warn" (once; a non-finite state raises), "raise", or "ignore" (the best finite iterate).
     on_step: called as `on_step(step, image, residual)` after each check of the solver. Samples for which it returns True (a
         bool tensor of shape (samples,)) stop at this image and count as converged: a test of your own beside the residual.
+        `Backprop`, whose steps are all differentiated, stops none.
     compile: compile the cell with `torch.compile`, for solver and gradient alike.
     process_group: processes that must stop and fail together (FSDP units or SyncBatchNorm inside the cell).
     batched_inputs: which further inputs, by position or keyword, have `batch_dim` too, all tensors in them. A solve then does not

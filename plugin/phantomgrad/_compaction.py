@@ -52,7 +52,7 @@ class Batch:
             return None
         converged = progress.outcome.converged
         left = len(converged) - int(converged.sum())
-        unit = max(1, self._whole.count // SIZES)
+        unit = -(-self._whole.count // SIZES)
         size = min(-(-left // unit) * unit, len(converged))
         if len(converged) - size < max(1.0, WORTHWHILE * len(converged)):
             return None

@@ -66,7 +66,7 @@ class Report:
             "unconverged",
             lambda: (
                 f"{_sentence(what)} did not converge{self.where()}: {_count(~solved.converged)} above their tolerance after "
-                f"{_steps(solved)}, with a relative residual of up to {float(solved.residual.max()):.1e}. "
+                f"{_steps(solved)}, with a relative residual of up to {_worst(solved):.1e}. "
                 f"{_cure_of_slowness(solver)}"
             ),
             on_failure,
@@ -85,6 +85,11 @@ class Report:
             self.fail(NotConvergedError(message()))
         if on_failure == "warn":  # the message reads from the device and looks for the module's path
             self.warn_once(topic, message, NotConvergedWarning)
+
+
+def _worst(solved: Solved) -> float:
+    """The largest residual of the samples that have not converged."""
+    return float(torch.where(solved.converged, 0.0, solved.residual).max())
 
 
 def _sentence(what: str) -> str:

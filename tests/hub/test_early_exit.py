@@ -118,3 +118,16 @@ def test_a_single_class_leads() -> None:
 def test_other_options_are_refused(options: dict[str, Any], message: str, model: MDEQ, images: Tensor) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         classify_early(model, images, **options)
+
+
+def test_the_model_is_used_in_eval_mode(model: MDEQ, images: Tensor) -> None:
+    expected = classify_early(model, images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    try:
+        found = classify_early(model, images)
+        assert model.training
+    finally:
+        model.eval()
+    assert torch.equal(found.logits, expected.logits)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

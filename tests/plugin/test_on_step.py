@@ -19,8 +19,10 @@ from phantomgrad import (
     FixedPointIteration,
     Implicit,
     NeumannPhantom,
+    NotConvergedError,
     NotConvergedWarning,
     Solver,
+    UnrolledPhantom,
     attach,
     fixed_point,
 )
@@ -175,3 +177,41 @@ def test_it_can_be_set_for_a_while() -> None:
     with torch.no_grad():
         cell(z, x)
     assert attachment.solution.steps.min() > 2
+
+
+def test_unrolled_steps_are_not_held_to_a_tolerance_that_was_not_asked_for() -> None:
+    z, x = _inputs(8)
+    inputs = x.clone().requires_grad_()
+    solution = fixed_point(
+        Affine(),
+        z,
+        inputs,
+        gradient=UnrolledPhantom(),
+        on_failure="raise",
+        on_step=lambda step, image, residual: residual < 0.5,
+    )
+    assert solution.converged.all()
+    assert int(solution.steps.max()) < 10
+
+
+def test_unrolled_steps_that_lead_away_from_where_it_stopped_are_still_reported() -> None:
+    factors = torch.tensor([[0.5], [-40.0]], requires_grad=True)
+    with pytest.raises(NotConvergedError, match="led away from the solution: 1 of 2 samples"):
+        fixed_point(
+            lambda z: factors * z + 1.0,
+            torch.tensor([[1.9], [1 / 41 + 1e-6]]),
+            gradient=UnrolledPhantom(),
+            on_failure="raise",
+            on_step=_stopping_at([1, 1]),
+        )
+
+
+def test_the_residual_that_is_reported_is_that_of_samples_that_did_not_converge() -> None:
+    with pytest.raises(NotConvergedError, match=r"2 of 4 samples .* with a relative residual of up to 7\.9e-03\."):
+        fixed_point(
+            lambda z: 0.5 * z + 1.0,
+            torch.tensor([[0.0], [0.0], [1.9], [1.0]]),
+            solver=FixedPointIteration(max_steps=6),
+            on_failure="raise",
+            on_step=_stopping_at([1, 1, 99, 99]),
+        )

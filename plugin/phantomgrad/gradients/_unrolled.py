@@ -76,7 +76,9 @@ class UnrolledPhantom(Gradient):
         rtol, atol = problem.solver.tolerances(problem.tolerance_dtype)
         gap = samples.norm(tuple(map(torch.sub, refined, point))) / self.damping
         scale = samples.norm(refined)
-        near = (gap <= _TOLERATED_GROWTH * (atol + rtol * scale)) | ~problem.solved.converged
+        # What `on_step` let stop has not met the tolerance: such a sample is held to the residual that it had.
+        size = torch.maximum(atol + rtol * scale, problem.solved.residual * scale)
+        near = (gap <= _TOLERATED_GROWTH * size) | ~problem.solved.converged
         finite = torch.isfinite(gap + scale) | ~torch.isfinite(problem.solved.residual)
         flags = torch.stack((near.all(), finite.all()))
         all_near, all_finite = (flags if agree is None else agree(flags)).tolist()
