@@ -50,6 +50,8 @@ LEADS = [round(0.02 * step, 2) for step in range(1, 101)]
 """Of the likeliest class, as shares of the last change of all probabilities."""
 FIRST, FOLLOWED, DRAWS = 3, 8, 40
 """The first step at which an answer may do, the steps that are followed for it, and the draws of photos."""
+ALONE = 300
+"""The photos that are classified one at a time."""
 SOLVERS: dict[str, Solver] = {
     "Anderson": Anderson(),
     "damped iteration": FixedPointIteration(damping=0.7),
@@ -224,7 +226,7 @@ def over_draws(answers: Answers, choosing: int) -> dict[str, Any]:
         chosen_on, others = answers.subset(order[:choosing]), answers.subset(order[choosing:])
         accuracies = [chosen_on.right_after(step).double().mean().item() for step in range(1, FOLLOWED + 1)]
         fixed = next(
-            step for step in range(3, FOLLOWED + 1) if accuracies[step - 1] >= max(accuracies) - NEAR_BEST - 1e-9
+            step for step in range(FIRST, FOLLOWED + 1) if accuracies[step - 1] >= max(accuracies) - NEAR_BEST - 1e-9
         )
         lead = choose_lead(chosen_on, fixed)["lead"]
         steps = others.steps(lead, fixed)
@@ -343,7 +345,7 @@ def examine(
     labels: Sequence[ClassLabel],
     batch: int,
 ) -> Iterator[str]:
-    """Fill in what `row` lacks: `chosen` and `answers` on the first photos, `measured` and `answered` on the others."""
+    """Fill in what `row` lacks: `chosen` and `answers` on the first photos, `measured`, `answered` and `alone` on the others."""
     choosing, measured = photos
     classes = match_classes(model.classes, labels)
     if "chosen" not in row:
@@ -361,6 +363,10 @@ def examine(
     if "answered" not in row:
         row["answered"] = classify_both(model, always, measured, classes, batch, row["answers"])
         yield "answered"
+    if "alone" not in row:
+        few = Subset(measured, list(range(min(ALONE, len(measured)))))
+        row["alone"] = classify_both(model, always, few, classes, 1, row["answers"])
+        yield "alone"
     if "over_draws" not in row:
         followed = replace(always, max_steps=FOLLOWED)
         answers = [follow_answers(model, followed, each, classes, batch) for each in photos]

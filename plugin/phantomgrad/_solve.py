@@ -105,12 +105,7 @@ def _iterate(
             with torch.no_grad():
                 gap, scale = samples.norm(tuple(map(torch.sub, fz, z))), samples.norm(fz)
                 check = progress.check(step, gap, scale)
-            stopped = check.stopped
-            if check.improved is None:
-                best_point, best_image = z, fz
-            else:
-                best_point = samples.where(check.improved, z, best_point)
-                best_image = samples.where(check.improved, fz, best_image)
+            improved, stopped = check.improved, check.stopped
             if trace is not None:
                 trace.steps.append(step)
                 trace.residuals.append(batch.whole_residual(check.residual))
@@ -120,10 +115,12 @@ def _iterate(
                 chosen = on_step(step, batch.whole(fz), batch.whole_residual(check.residual))
                 if chosen is not None and stop_early:
                     accepted, stopped = progress.accept(batch.present(chosen), check.residual)
-                    best_point, best_image = (
-                        samples.where(accepted, z, best_point),
-                        samples.where(accepted, fz, best_image),
-                    )
+                    improved = None if improved is None else improved | accepted
+            if improved is None:
+                best_point, best_image = z, fz
+            else:
+                best_point = samples.where(improved, z, best_point)
+                best_image = samples.where(improved, fz, best_image)
             if progress.all_stopped or (progress.any_diverged and stop_on_divergence) or step == solver.max_steps:
                 break
             kept = None if stopped is None else batch.drop_converged(progress, best_point, best_image)

@@ -8,34 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from small import pooled_config
+import trainings
 
-from phantomgrad import FixedPointIteration, UnrolledPhantom
-from phantomgrad_hub.data import AugmentationConfig, TrainingImages, open_source
+from phantomgrad_hub.data import TrainingImages, open_source
 from phantomgrad_hub.train import OptimizerConfig, TrainConfig, train
 from phantomgrad_hub.train.loop import TrainResult
 
-CONFIG = TrainConfig(
-    model=pooled_config(
-        channels=(8, 8),
-        image_size=16,
-        input_downsamplings=1,
-        expansion=1,
-        gradient=UnrolledPhantom(steps=2, damping=0.7),
-        solver=FixedPointIteration(damping=0.7, max_steps=3),
-        eval_solver=FixedPointIteration(damping=0.7, max_steps=6),
-    ),
-    augmentation=AugmentationConfig(crop="pad", padding=0.125, color_jitter=0.1),
-    optimizer=OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.01),
-    epochs=2,
-    batch_size=5,
-    clip=1.0,
-    ema_decay=0.9,
-    workers=0,
-    log_every=1,
-    trackers=(),
-)
-DROPOUT = replace(CONFIG, model=replace(CONFIG.model, dropout=0.1))
+DROPOUT = replace(trainings.CONFIG, batch_size=5)
+CONFIG = replace(DROPOUT, model=replace(DROPOUT.model, dropout=0.0))
 
 
 def run(data: str, out: Path, config: TrainConfig, stop_at: int = 0) -> TrainResult:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from images import NAMES, write_folder, write_parquet
 from processes_worker import CONFIG
-from safetensors.torch import load_file
+from trainings import at_batch, logged, same_weights
 
 from phantomgrad_hub import MDEQ
-from phantomgrad_hub.data import Source, Subset, TrainingImages, open_source
+from phantomgrad_hub.data import Source, Subset, open_source
 from phantomgrad_hub.train import TrainConfig, TrainingError, TrainResult, train
 from phantomgrad_hub.train.identity import differences, run_identity
 from phantomgrad_hub.train.settings import to_json
@@ -129,23 +128,13 @@ def test_what_changes_no_weight_may_change_and_is_logged(
     whole, run = tmp_path / "whole", tmp_path / "run"
     config = replace(CONFIG, batch_size=3)
     _train(data, whole, config)
-    load, asked = TrainingImages.__getitems__, list[int]()
-
-    def stopping(self: TrainingImages, indices: list[int]) -> Any:
-        asked.append(len(indices))
-        if len(asked) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return load(self, indices)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingImages, "__getitems__", stopping)
+        at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         stopped = _train(data, run, config)
     assert stopped.stopped_by == signal.SIGTERM
     _train(data, run, replace(config, **HARMLESS))
-    ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (run, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    [resumed] = [record for record in records if record["type"] == "resume"]
+    assert same_weights(run / "last", whole / "last")
+    [resumed] = logged(run, "resume")
     assert resumed == {
         "type": "resume",
         "step": stopped.step,
