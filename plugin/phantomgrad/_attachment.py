@@ -19,6 +19,7 @@ from phantomgrad._batched_inputs import BatchedCall, BatchedInputs
 from phantomgrad._bound import Bound, located, module_path
 from phantomgrad._cell import Cell
 from phantomgrad._communication import refuse_communication
+from phantomgrad._compiled import CompiledCall, CompiledForward
 from phantomgrad._errors import AttachError, DivergedError, NotConvergedError, NotConvergedWarning
 from phantomgrad._fixed_point import OnStep, Settings, run
 from phantomgrad._once_per_solve import OncePerSolve
@@ -26,7 +27,7 @@ from phantomgrad._parametrizations import release
 from phantomgrad._report import Report
 from phantomgrad._solution import Solution
 from phantomgrad._state import State, requires_grad
-from phantomgrad._transforms import compiled, outside_the_compiler
+from phantomgrad._transforms import outside_the_compiler
 from phantomgrad.gradients import Gradient
 from phantomgrad.solvers import Solver
 
@@ -88,9 +89,7 @@ class Attachment(Bound):
         self._thread = _ThreadState()
         self._where = located(self._module_ref)
         self._report.where = self._where
-        self._compiled: Callable[..., Any] | None = None
-        if self._compile:
-            self._compiled = compiled(type(self.module).forward if self._previous is None else self._previous)
+        self._compiled = CompiledForward(self.module, self._previous) if self._compile else None
 
     def _copied_state(self) -> dict[str, Any]:
         fresh = ("_thread", "_where", "_compiled")
@@ -175,10 +174,8 @@ class Attachment(Bound):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One original evaluation of the module."""
-        if self._compiled is not None and self._previous is None:
-            return self._compiled(self.module, *args, **kwargs)
         if self._compiled is not None:
-            return self._compiled(*args, **kwargs)
+            return self._compiled.with_weights({}, self.module)(*args, **kwargs)
         return call_forward(self.module, self._previous, *args, **kwargs)
 
     def remove(self) -> None:
@@ -243,7 +240,9 @@ class Attachment(Bound):
             return self.step(*args, **kwargs)
         settings = self._current_settings()
         module = self.module
-        z0, others, call = self._state.split(args, kwargs, self.step, self._where)
+        compiled = None if self._compiled is None else CompiledCall(self._compiled, module)
+        step = self.step if compiled is None else compiled.step
+        z0, others, call = self._state.split(args, kwargs, step, self._where)
         if settings.process_group is None:
             refuse_communication(module)
         scope = OncePerSolve(module, ahead=self._compile)
@@ -253,7 +252,7 @@ class Attachment(Bound):
             output=self._output,
             where=self._where,
             scope=scope,
-            compiled=self._compile,
+            constant=None if compiled is None else functools.partial(compiled.constant, call),
             returns_more=True,
             batched=self._batched_call(call),
         )

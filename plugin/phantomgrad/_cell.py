@@ -32,7 +32,8 @@ class Cell:
 
     `step` takes a state and returns the next one, or with `output` (a position or key) something larger that contains
     it; with `returns_more` the latest evaluation's is kept in `returned` until `replace_state` takes it. `batched` is the same
-    call where the caller has declared which of its arguments carry the batch.
+    call where the caller has declared which of its arguments carry the batch; `constant` makes, for a compiled map, the step that
+    holds all but the state constant, or None.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Cell:
         output: int | str | None = None,
         where: Callable[[], str] = lambda: "",
         scope: OncePerSolve | None = None,
-        compiled: bool = False,
+        constant: Callable[[], Step | None] | None = None,
         returns_more: bool = False,
         batched: BatchedCall | None = None,
     ) -> None:
@@ -55,7 +56,8 @@ class Cell:
             leaves = tuple(leaf.clone() if leaf.is_inference() else leaf for leaf in leaves)
         self.start: Leaves = tuple(leaf.detach() for leaf in leaves)
         self.where = where
-        self.compiled = compiled
+        self.compiled = constant is not None
+        self._constant = constant
         self.returned: Any = None
         """What the map returned last, where the state is only one part of it."""
         self.returns_more = returns_more and output is not None
@@ -97,7 +99,14 @@ class Cell:
         signature = tuple((shape, device) for shape, (_, device) in zip(samples.shapes, self._signature, strict=True))
         return lambda leaves: self._evaluated_by(step, leaves, signature)
 
-    def _evaluated_by(self, step: Step, leaves: Leaves, signature: Signature) -> Leaves:
+    def holding_constants(self) -> Callable[[Leaves], Leaves] | None:
+        """`f` as a function of the state alone, where its products then cost less; None where that makes no difference."""
+        step = None if self._constant is None else self._constant()
+        if step is None:
+            return None
+        return lambda leaves: self._evaluated_by(step, leaves, self._signature, constant=True)
+
+    def _evaluated_by(self, step: Step, leaves: Leaves, signature: Signature, *, constant: bool = False) -> Leaves:
         unchanged = self._watch(leaves)
         state = self.structure.unflatten(leaves)
         self._randomness.begin()
@@ -105,7 +114,7 @@ class Cell:
             if self._scope is None:
                 returned = step(state)
             else:
-                with self._scope():
+                with self._scope(constant=constant):
                     returned = step(state)
         finally:
             self._randomness.end()

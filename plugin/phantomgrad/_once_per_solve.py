@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from phantomgrad._batch_statistics import BatchStatistics, NormBase, couples_samples
-from phantomgrad._parametrizations import SharedParametrizations
+from phantomgrad._parametrizations import SharedParametrizations, parametrizations_of
 
 
 class OncePerSolve:
@@ -20,12 +20,12 @@ class OncePerSolve:
     """
 
     def __init__(self, module: nn.Module, *, ahead: bool = False) -> None:
-        parametrizations: list[ParametrizationList] = []
+        parametrizations: dict[ParametrizationList, bool] = {}
         norms: list[NormBase] = []
         for each in module.modules():
-            if isinstance(each, ParametrizationList):
-                parametrizations.append(each)
-            elif isinstance(each, NormBase) and each.training and each.track_running_stats:
+            if "parametrizations" in each._modules:
+                parametrizations.update(parametrizations_of(each))
+            if isinstance(each, NormBase) and each.training and each.track_running_stats:
                 norms.append(each)
         self.couples_samples = any(map(couples_samples, module.modules()))
         """Whether the samples of a batch depend on each other, or an update on all of them."""
@@ -36,9 +36,10 @@ class OncePerSolve:
             self._shared.compute()
 
     @contextmanager
-    def __call__(self) -> Generator[None, None, None]:
+    def __call__(self, *, constant: bool = False) -> Generator[None, None, None]:
+        """One evaluation; with `constant` no gradient goes to the weights."""
         with (
-            self._shared() if self._shared else nullcontext(),
+            self._shared(constant=constant) if self._shared else nullcontext(),
             self._statistics() if self._statistics else nullcontext(),
         ):
             yield

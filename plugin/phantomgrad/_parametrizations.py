@@ -1,4 +1,4 @@
-"""Parametrized weights inside a map: computed once per solve.
+"""Parametrized weights inside a map: computed, cast and laid out once per solve.
 
 Note [Parametrizations]
 `torch.nn.utils.parametrizations` (weight norm, spectral norm, ...) recompute a weight at every access. During a solve the
@@ -6,13 +6,18 @@ weight cannot change, so it is computed once, with grad, at its first use, and e
 gets the same tensor. torch's own `parametrize.cached()` would not do: it is global, so another thread's solve
 without grad would cut this one's weights off from their parameters. Here each call has its own cache, and each thread sees
 only the caches of its own calls.
+
+Two things more are done once that every evaluation would repeat. Autocast keeps its casts of parameters, but not those of a
+weight that is computed; and what a parametrization computes is laid out plainly where its parameter is channels last, which
+convolutions then undo each time (on a CPU that takes as long as the convolution).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +26,26 @@ from torch.nn.utils.parametrize import ParametrizationList
 from phantomgrad._bound import Bound
 
 
+class _Cache:
+    """What one call has computed, by the parametrization's id."""
+
+    def __init__(self, parametrizations: dict[ParametrizationList, bool]) -> None:
+        self.weights: dict[int, Tensor | None] = {id(each): None for each in parametrizations}
+        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.casting = {id(each) for each, cast in parametrizations.items() if cast}
+        """Those whose weight is used as an argument that autocast casts, and for nothing else."""
+
+    def constant(self) -> _Cache:
+        """What has been computed, without its history."""
+        held = copy(self)
+        held.weights = {key: None if value is None else value.detach() for key, value in self.weights.items()}
+        held.casts = {key: value.detach() for key, value in self.casts.items()}
+        return held
+
+
 class _Active(threading.local):
     def __init__(self) -> None:
-        self.caches: list[dict[int, Tensor | None]] = []
+        self.caches: list[_Cache] = []
 
 
 _active = _Active()
@@ -35,25 +57,49 @@ class _Shared(Bound):
     def __call__(self) -> Tensor:
         key = id(self.module)
         for cache in _active.caches:
-            if key in cache:
-                value = cache[key]
+            if key in cache.weights:
+                value = cache.weights[key]
                 if value is None:
                     with torch.enable_grad():
-                        value = cache[key] = self._compute()
-                return value
+                        value = cache.weights[key] = self._compute()
+                return _cast(key, value, cache) if key in cache.casting else value
         return self._compute()
 
     def _compute(self) -> Tensor:
         module = self.module
-        return type(module).forward(module)  # pyright: ignore[reportArgumentType, reportReturnType]
+        value: Tensor = type(module).forward(module)  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        return _laid_out_as(value, module.parameters())
+
+
+def _cast(key: int, value: Tensor, cache: _Cache) -> Tensor:
+    """`value` as autocast takes it here."""
+    device = value.device.type
+    if value.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return value
+    dtype = torch.get_autocast_dtype(device)
+    found = cache.casts.get((key, dtype))
+    if found is None:
+        with torch.enable_grad():
+            found = cache.casts[key, dtype] = value.to(dtype)
+    return found
+
+
+def _laid_out_as(value: Tensor, parameters: Iterator[Tensor]) -> Tensor:
+    """`value`, channels last where a parameter of its shape is."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    if layout is None or value.is_contiguous(memory_format=layout):
+        return value
+    if any(each.shape == value.shape and each.is_contiguous(memory_format=layout) for each in parameters):
+        return value.contiguous(memory_format=layout)
+    return value
 
 
 class SharedParametrizations:
     """The parametrized weights of one call of an attached module; as a context they are shared by one more evaluation."""
 
-    def __init__(self, parametrizations: list[ParametrizationList]) -> None:
+    def __init__(self, parametrizations: dict[ParametrizationList, bool]) -> None:
         self._parametrizations = parametrizations
-        self._cache: dict[int, Tensor | None] = {id(each): None for each in parametrizations}
+        self._cache = _Cache(parametrizations)
         for each in parametrizations:
             if "forward" not in each.__dict__:
                 each.__dict__["forward"] = _Shared(each)
@@ -65,12 +111,41 @@ class SharedParametrizations:
                 each()
 
     @contextmanager
-    def __call__(self) -> Generator[None, None, None]:
-        _active.caches.append(self._cache)
+    def __call__(self, *, constant: bool = False) -> Generator[None, None, None]:
+        _active.caches.append(self._cache.constant() if constant else self._cache)
         try:
             yield
         finally:
             _active.caches.pop()
+
+
+_CASTING = {
+    kind.forward
+    for kind in (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+}
+"""What does nothing with its weight and bias but hand them to an operation for which autocast casts them."""
+
+
+def casts_its_weights(module: nn.Module) -> bool:
+    """Whether autocast casts the weights of `module` at every use."""
+    return type(module).forward in _CASTING and "forward" not in module.__dict__
+
+
+def parametrizations_of(module: nn.Module) -> Iterator[tuple[ParametrizationList, bool]]:
+    """The parametrizations of `module` itself, and whether autocast casts the weight at every use."""
+    lists = module._modules.get("parametrizations")
+    if isinstance(lists, nn.ModuleDict):
+        for each in lists.values():
+            if isinstance(each, ParametrizationList):
+                yield each, casts_its_weights(module)
 
 
 def release(module: nn.Module) -> None:

@@ -73,7 +73,7 @@ class Progress:
         """Take in `||f(z) - z||` and `||f(z)||` of every sample at a step."""
         residual = gap / scale.clamp_min(self._tiny)
         unmet = gap > torch.add(self._atol, scale, alpha=self._rtol)
-        finite = torch.isfinite(gap + scale)  # the norm of an image may overflow before its entries do
+        finite = (gap + scale) < torch.inf  # the norm of an image may overflow before its entries do
         improved = finite if self._keep == "last" else residual <= self.best
         if self._outcome is None:
             all_unmet, all_finite, all_improved = self._ask(unmet, finite, improved)

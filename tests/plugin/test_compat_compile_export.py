@@ -136,6 +136,17 @@ def test_a_copy_of_a_compiled_cell_uses_its_own_weights(cell: type[Cell]) -> Non
 
 
 @pytest.mark.usefixtures("eager_backend")
+def test_what_is_compiled_for_one_cell_does_not_count_against_another() -> None:
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for size in (4, 5, 6):
+            torch.manual_seed(0)
+            cell, x = Cell(size), torch.randn(3, size)
+            attach(cell, NeumannPhantom(), solver=FixedPointIteration(max_steps=200), compile=True)
+            cell(torch.zeros_like(x), x).sum().backward()
+    assert _stats("unique_graphs") == 9  # each without grad, with it, and with it for the state alone
+
+
+@pytest.mark.usefixtures("eager_backend")
 def test_second_derivatives_through_a_compiled_cell_are_refused() -> None:
     model, _ = attached(Implicit(rtol=1e-10), compile=True)
     grads = torch.autograd.grad(loss(model, batch()), list(model.cell.parameters()), create_graph=False)
@@ -151,7 +162,8 @@ def test_a_compiled_cell_within_a_compiled_model() -> None:
     compiled = torch.compile(model)
     loss(compiled, batch()).backward()
     assert_same(gradients(model), expected)
-    assert _stats("unique_graphs") == 4  # what is before and after the cell, and the cell without and with grad
+    # What is before and after the cell, and the cell without grad, with it, and with it for the state alone.
+    assert _stats("unique_graphs") == 5
 
 
 def test_a_module_that_was_compiled_before_may_be_attached() -> None:

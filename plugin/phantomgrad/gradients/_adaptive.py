@@ -55,7 +55,7 @@ class AdaptivePhantom(Gradient):
                 )
             return adjoint
 
-        return record(problem.evaluate, problem.solved.point, transform)
+        return record(problem.evaluate, problem.solved.point, transform, products=self.max_steps - 1)
 
     def _adjoint(
         self, vjp: VJP, cotangent: Leaves, samples: Samples, statistics: AdjointSolve, agree: Agree | None

@@ -7,6 +7,8 @@ runs through the recorded evaluation from `out` to `z`. `v` then goes on through
 own backward, which takes it to parameters, inputs and captured tensors alike, as any other operation would: hooks,
 DistributedDataParallel and gradient accumulation notice nothing. The barrier swallows what that last pass sends to `z`.
 
+Of a compiled map the products have an evaluation of their own, see Note [Compiled cells].
+
 The record keeps gradient edges (nodes of the graph), not tensors, so no reference cycle arises.
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from phantomgrad._cell import Cell
 from phantomgrad._errors import PhantomGradError
 from phantomgrad._state import Leaves, Map
 from phantomgrad._transforms import in_function_transform, keeping_buffers
@@ -33,21 +36,37 @@ Transform = Callable[[VJP, Leaves], Leaves]
 """Maps the solution's cotangent to the one that the recorded evaluation is differentiated with."""
 
 
-def record(evaluate: Map, point: Leaves, transform: Transform) -> Leaves:
-    """Evaluate the map at `point` and return its image with `transform` applied to cotangents."""
-    tape, outputs = record_tape(evaluate, point)
+def record(evaluate: Map, point: Leaves, transform: Transform, *, products: int | None = None) -> Leaves:
+    """Evaluate the map at `point` and return its image with `transform` applied to cotangents.
+
+    `products` is how many the transform makes at most; None where that is not known.
+    """
+    tape, outputs = record_tape(evaluate, point, products=products)
     return cast(Leaves, _Adjoint.apply(tape, transform, *outputs))
 
 
-def record_tape(evaluate: Map, point: Leaves) -> tuple[Tape, Leaves]:
+def record_tape(evaluate: Map, point: Leaves, *, products: int | None = None) -> tuple[Tape, Leaves]:
     """Evaluate the map at `point`, behind a barrier: the recorded evaluation, and its image."""
     if in_function_transform():
         raise PhantomGradError(BACKWARD_ONLY)
-    inputs = cast(Leaves, _Barrier.apply(*(leaf.detach().requires_grad_() for leaf in point)))
+    compiled = isinstance(evaluate, Cell) and evaluate.compiled
+    worthwhile = products is None or products > 1  # an evaluation more costs about as much as it spares one product
+    held = evaluate.holding_constants() if isinstance(evaluate, Cell) and worthwhile else None
     saved = SavedOnce.where_hooked()
+    if held is None:
+        inputs = _behind_a_barrier(point)
+        with saved.recording() if saved else nullcontext():
+            outputs = evaluate(inputs)
+        return Tape(inputs, outputs, saved, compiled=compiled), outputs
+    inputs = _behind_a_barrier(point)
     with saved.recording() if saved else nullcontext():
-        outputs = evaluate(inputs)
-    return Tape(inputs, outputs, saved, compiled=getattr(evaluate, "compiled", False)), outputs
+        images = held(inputs)
+    # Last, so that what the map returns beside the state is that of the evaluation with the whole graph.
+    return Tape(inputs, images, saved, compiled=compiled), evaluate(_behind_a_barrier(point))
+
+
+def _behind_a_barrier(point: Leaves) -> Leaves:
+    return cast(Leaves, _Barrier.apply(*(leaf.detach().requires_grad_() for leaf in point)))
 
 
 BACKWARD_ONLY = (

@@ -33,9 +33,8 @@ class KrylovPhantom(Gradient):
         check_integer(self, "steps", minimum=1)
 
     def connect(self, problem: Problem) -> Leaves:
-        return record(
-            problem.evaluate, problem.solved.point, partial(minimal_residual, steps=self.steps, samples=problem.samples)
-        )
+        transform = partial(minimal_residual, steps=self.steps, samples=problem.samples)
+        return record(problem.evaluate, problem.solved.point, transform, products=self.steps - 1)
 
 
 def minimal_residual(vjp: VJP, cotangent: Leaves, *, steps: int, samples: Samples) -> Leaves:

@@ -40,7 +40,7 @@ class NeumannPhantom(Gradient):
     def connect(self, problem: Problem) -> Leaves:
         series = guarded_neumann_series if self.safeguard and self.steps > 1 else neumann_series
         sum_terms = partial(series, steps=self.steps, damping=self.damping, samples=problem.samples)
-        return record(problem.evaluate, problem.solved.point, sum_terms)
+        return record(problem.evaluate, problem.solved.point, sum_terms, products=self.steps - 1)
 
 
 def neumann_series(vjp: VJP, cotangent: Leaves, *, steps: int, damping: float, samples: Samples) -> Leaves:

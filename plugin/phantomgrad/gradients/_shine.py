@@ -48,7 +48,8 @@ class Shine(Gradient):
         transform = partial(
             apply_inverse_estimate, memory=problem.solved.memory, refine=self.refine, samples=problem.samples
         )
-        return record(problem.evaluate, problem.solved.point, transform)
+        products = self.refine and self.refine + 1
+        return record(problem.evaluate, problem.solved.point, transform, products=products)
 
 
 def apply_inverse_estimate(

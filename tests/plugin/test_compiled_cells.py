@@ -1,0 +1,215 @@
+"""What a compiled cell does not do again: cast its weights, and differentiate what only the last product needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compat import GRADIENTS, RECORDING, Cell, assert_same, settings
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.utils import parametrizations
+
+from phantomgrad import FixedPointIteration, Gradient, Implicit, NeumannPhantom, OneStep, attach
+
+# The compiler reads `.grad` of every tensor that it guards, leaf or not, and hides torch's warning only where it is no error.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+SIZE = 4
+
+
+class Graphs:
+    """The graphs that were compiled."""
+
+    def __init__(self) -> None:
+        self.forward: list[torch.fx.GraphModule] = []
+        self.backward: list[torch.fx.GraphModule] = []
+
+    def backend(self) -> Any:
+        def keep(into: list[torch.fx.GraphModule]) -> Any:
+            def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+                into.append(graph)
+                return torch._functorch.aot_autograd.make_boxed_func(graph.forward)
+
+            return compiler
+
+        return aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    found = Graphs()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=found.backend()))
+    yield found
+    torch.compiler.reset()
+
+
+class Layers(nn.Module):
+    """A contraction of several layers, whose further input is nested and which returns more than its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.plain = nn.Linear(SIZE, SIZE)
+        self.normed = parametrizations.weight_norm(nn.Linear(SIZE, SIZE))
+        self.again = self.plain
+        self.gain = nn.Parameter(torch.full((SIZE,), 0.4))
+
+    def forward(self, z: Tensor, inputs: dict[str, Tensor], *, shift: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.again(self.normed(self.plain(z)))
+        shifted = hidden if shift is None else hidden + shift
+        return {"state": torch.tanh(self.gain * shifted + inputs["x"]), "hidden": hidden}
+
+
+def _gradients(gradient: Gradient, *, compile: bool, low: bool = False) -> dict[str, Tensor]:
+    cell = Layers() if low else Layers().double()
+    dtype = torch.float32 if low else torch.float64
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(3, SIZE, generator=generator, dtype=dtype).requires_grad_()
+    shift = torch.randn(SIZE, generator=generator, dtype=dtype).requires_grad_()
+    options = settings(gradient, output="state", compile=compile)
+    if low:
+        options |= {"solver": type(options["solver"])(max_steps=100), "on_failure": "ignore"}
+    attach(cell, **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        found = cell(torch.zeros_like(x), {"x": x}, shift=shift)
+    weights = torch.linspace(-1, 2, x.numel(), dtype=dtype).view_as(x)
+    ((found["state"] * weights).sum() + 0.3 * found["hidden"].square().sum()).backward()
+    grads = {name: p.grad for name, p in cell.named_parameters() if p.grad is not None}
+    assert len(grads) == 6
+    assert x.grad is not None
+    assert shift.grad is not None
+    return grads | {"x": x.grad, "shift": shift.grad}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+def test_compiled_and_plain_have_the_same_gradients(gradient: Gradient, graphs: Graphs) -> None:
+    assert_same(_gradients(gradient, compile=True), _gradients(gradient, compile=False))
+    assert graphs.forward
+
+
+@pytest.mark.parametrize(
+    "gradient", [Implicit() if isinstance(each, Implicit) else each for each in GRADIENTS], ids=repr
+)
+def test_under_autocast_they_are_those_of_float32_to_its_rounding(gradient: Gradient, graphs: Graphs) -> None:
+    expected = _gradients(gradient, compile=False)
+    for name, found in _gradients(gradient, compile=True, low=True).items():
+        assert found.dtype is torch.float32
+        assert ((found - expected[name]).norm() / expected[name].norm()).item() < 0.06, name
+
+
+def test_autocast_casts_no_weight_in_a_compiled_evaluation(graphs: Graphs) -> None:
+    _gradients(NeumannPhantom(), compile=True, low=True)
+    shapes = [
+        tuple(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+        for graph in graphs.forward
+        for node in graph.graph.nodes
+        if node.target is torch.ops.aten._to_copy.default
+    ]
+    assert shapes.count((3, SIZE)) >= len(graphs.forward)
+    assert (SIZE, SIZE) not in shapes
+    assert (SIZE,) not in shapes
+
+
+def _differentiated(graph: torch.fx.GraphModule) -> int:
+    """For how many of a backward graph's inputs it returns a gradient."""
+    [output] = [node for node in graph.graph.nodes if node.op == "output"]
+    return sum(each is not None for each in output.args[0])
+
+
+@pytest.mark.parametrize("gradient", RECORDING, ids=repr)
+def test_products_differentiate_the_state_alone(gradient: Gradient, graphs: Graphs) -> None:
+    cell = Layers().double()
+    attach(cell, **settings(gradient, output="state", compile=True))
+    x = torch.randn(3, SIZE, dtype=torch.float64, requires_grad=True)
+    cell(torch.zeros_like(x), {"x": x})["state"].sum().backward()
+    counts = sorted(map(_differentiated, graphs.backward))
+    assert counts[0] == 1
+    assert counts[-1] >= 7  # the state, x, gain and the weights and biases as the layers use them
+
+
+@pytest.mark.parametrize("gradient", [OneStep(), NeumannPhantom(steps=1), NeumannPhantom(steps=2)], ids=repr)
+def test_a_gradient_with_hardly_a_product_makes_no_evaluation_for_it(gradient: Gradient, graphs: Graphs) -> None:
+    cell = Cell().double()
+    attach(cell, **settings(gradient, compile=True))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    cell(torch.zeros_like(x), x).sum().backward()
+    assert len(graphs.forward) == 2  # without and with grad
+
+
+def test_running_statistics_are_updated_once(graphs: Graphs) -> None:
+    means = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        cell = nn.Sequential(nn.Linear(SIZE, SIZE), nn.BatchNorm1d(SIZE), nn.Tanh())
+        solver = FixedPointIteration(max_steps=5, rtol=0.0, atol=0.0)
+        attach(cell, NeumannPhantom(), solver=solver, batch_dim=None, on_failure="ignore", compile=compile)
+        cell(torch.randn(8, SIZE)).sum().backward()
+        norm: Any = cell[1]
+        assert norm.num_batches_tracked == 1
+        means.append(norm.running_mean)
+    torch.testing.assert_close(*means)
+
+
+class Own(nn.Parameter):
+    """A parameter of a class of its own, about which nothing is known."""
+
+
+def test_parameters_of_an_unknown_kind_are_left_in_their_place(graphs: Graphs) -> None:
+    found = []
+    for kind in (nn.Parameter, Own):
+        torch.manual_seed(0)
+        cell, x = Cell(), torch.randn(3, 4)
+        cell.recurrent.weight = kind(cell.recurrent.weight.detach().clone())
+        attach(cell, NeumannPhantom(), solver=FixedPointIteration(max_steps=100), compile=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            cell(torch.zeros_like(x), x).square().sum().backward()
+        found.append(cell.recurrent.weight.grad)
+    assert len(graphs.forward) == 5  # the second has no evaluation for the state alone
+    torch.testing.assert_close(*found, rtol=0.02, atol=1e-3)
+
+
+class Breaking(Cell):
+    """A cell of which the compiler makes two graphs."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        hidden = self.recurrent(z)
+        torch._dynamo.graph_break()
+        return torch.tanh(0.4 * hidden + x)
+
+
+class Nesting(Cell):
+    """A cell with an equilibrium inside, which is solved outside the compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Cell()
+        attach(self.inner, Implicit(rtol=1e-12), solver=FixedPointIteration(max_steps=200, rtol=1e-13))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.3 * self.recurrent(z) + 0.3 * self.inner(torch.zeros_like(z), z) + x)
+
+
+@pytest.mark.parametrize("gradient", RECORDING, ids=repr)
+@pytest.mark.parametrize("kind", [Breaking, Nesting])
+def test_a_cell_with_breaks_keeps_its_weights_and_has_the_same_gradients(
+    kind: type[Cell], gradient: Gradient, graphs: Graphs
+) -> None:
+    found: list[dict[str, Tensor]] = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        cell = kind().double()
+        before = dict(cell.named_parameters())
+        attach(cell, **settings(gradient, compile=compile))
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        (cell(torch.zeros_like(x), x) * torch.arange(1, 13).view(3, 4)).sum().backward()
+        assert all(weight is before[name] for name, weight in cell.named_parameters())
+        grads = {name: p.grad for name, p in before.items() if p.grad is not None}
+        assert len(grads) == len(before)
+        assert x.grad is not None
+        found.append(grads | {"x": x.grad})
+    assert_same(found[1], found[0])
+    assert graphs.forward
