@@ -3,7 +3,8 @@
 torchdeq 0.1.0, a hand-written loop and plain backpropagation solve the same cell from the same start with the same weights and
 the same number of evaluations, none of which may stop early; the gradients make the same number of vector-Jacobian products.
 All run in one process, run by run in turn, so that what else the machine does hits them alike. torchdeq and the loop are given
-parametrized weights computed once per step, as this library does by itself.
+parametrized weights computed once per step, as this library does by itself. Like torchdeq, it watches the residual and keeps
+every sample's best iterate; "unwatched" is with `keep="last"` and without tolerances, as the loop by hand.
 
 For each: seconds of forward, backward and both (medians, with their range), what forward keeps for backward, the cosine with
 the exact gradient, and samples a second of a solve without grad. Beside them the floor: the operations of those evaluations
@@ -22,8 +23,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,9 +57,9 @@ def _solver(work: Workload) -> FixedPointIteration:
     return FixedPointIteration(max_steps=work.steps, rtol=0.0, atol=0.0, damping=work.damping)
 
 
-def ours(work: Workload, gradient: Gradient) -> Contestant:
-    """This library, every solve of `work.steps` evaluations."""
-    solver = _solver(work)
+def ours(work: Workload, gradient: Gradient, *, keep: Literal["best", "last"] = "best") -> Contestant:
+    """This library, every solve of `work.steps` evaluations; with `keep="last"` nothing is measured before the last."""
+    solver = replace(_solver(work), keep=keep)
     return lambda: (
         fixed_point(work.cell, work.start, work.x, gradient=gradient, solver=solver, on_failure="ignore").value
     )
@@ -102,9 +104,12 @@ def by_hand(work: Workload) -> Contestant:
 
 def contestants(work: Workload, *, backprop: bool) -> dict[str, Contestant]:
     """Everything that is compared on `work`."""
+    upg, npg = (kind(steps=STEPS, damping=work.damping) for kind in (UnrolledPhantom, NeumannPhantom))
     found = {
-        "ours, UPG": ours(work, UnrolledPhantom(steps=STEPS, damping=work.damping)),
-        "ours, NPG": ours(work, NeumannPhantom(steps=STEPS, damping=work.damping)),
+        "ours, UPG": ours(work, upg),
+        "ours, UPG, unwatched": ours(work, upg, keep="last"),
+        "ours, NPG": ours(work, npg),
+        "ours, NPG, unwatched": ours(work, npg, keep="last"),
         "ours, Krylov": ours(work, KrylovPhantom(steps=STEPS)),
         EXACT: ours(work, Implicit(solver=_solver(work))),
         "torchdeq, phantom": torchdeq(work, grad=STEPS),
