@@ -1,8 +1,9 @@
-"""The fastest that each library does on a CPU: a compiled cell in bfloat16, `python -m benchmarks.compiled`.
+"""The fastest that each library does: a compiled cell in bfloat16, `python -m benchmarks.compiled`.
 
-On the block of MDEQ-Small at 64 pixels: torchdeq as its users run it today (eager, float32), torchdeq driving the cell that
-`torch.compile` made, in bfloat16 by autocast and channels last, and this library with the same cell; all with the same 26
-evaluations and 5 of the phantom gradient. One process, run by run in turn. Prints a table and writes JSON.
+On the block of MDEQ-Small at 64 pixels: torchdeq as its users run it today (eager, in float32 and by autocast), torchdeq driving
+the cell that `torch.compile` made, in bfloat16 by autocast and channels last, and this library with the same cell; all with the
+same 26 evaluations and 5 of the phantom gradient. One process, run by run in turn. Prints a table and writes JSON. With
+`--device cuda` also with CUDA graphs of the solve; `--workload` and `--batch` take another block.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import os
 import platform
 import statistics
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import STEPS, Contestant, matrix_rate, ours, torchdeq, training_step
+from benchmarks.peers import STEPS, Contestant, flops, matrix_rate, ours, torchdeq, training_step
 from benchmarks.workloads import WORKLOADS, Workload
 from phantomgrad import FixedPointIteration, Gradient, NeumannPhantom, NotConvergedWarning, UnrolledPhantom, attach
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "torchdeq, phantom, eager float32"
 SAME_CELL = "torchdeq, phantom, compiled bfloat16"
+BLOCKS = [name for name in WORKLOADS if name.startswith("mdeq")]
 
 
 def fast(work: Workload) -> Workload:
@@ -46,25 +49,36 @@ def torchdeq_compiled(work: Workload) -> Contestant:
     return torchdeq(work, grad=STEPS)
 
 
-def ours_compiled(work: Workload, gradient: Gradient) -> Contestant:
-    """This library attached to the cell with `compile=True`."""
+def ours_compiled(work: Workload, gradient: Gradient, *, mode: bool | str = True) -> Contestant:
+    """This library attached to the cell with `compile=`."""
     solver = FixedPointIteration(max_steps=work.steps, rtol=0.0, atol=0.0, damping=work.damping)
-    attach(work.cell, gradient, solver=solver, on_failure="ignore", compile=True)
+    attach(work.cell, gradient, solver=solver, on_failure="ignore", compile=mode)
     return lambda: work.cell(work.start, work.x)
 
 
 def entrants(work: Workload) -> dict[str, tuple[Workload, Contestant, bool]]:
     """Workload, solve and whether it runs in bfloat16, by name."""
     upg, npg = (kind(steps=STEPS, damping=work.damping) for kind in (UnrolledPhantom, NeumannPhantom))
-    theirs, first, second = fast(work), fast(work), fast(work)
-    return {
+
+    def in_bfloat16(make: Callable[..., Contestant], *args: Any, **options: Any) -> tuple[Workload, Contestant, bool]:
+        own = fast(work)
+        return own, make(own, *args, **options), True
+
+    found = {
         BASE: (work, torchdeq(work, grad=STEPS), False),
-        SAME_CELL: (theirs, torchdeq_compiled(theirs), True),
+        "torchdeq, phantom, eager bfloat16": in_bfloat16(torchdeq, grad=STEPS),
+        SAME_CELL: in_bfloat16(torchdeq_compiled),
         "ours, UPG, eager float32": (work, ours(work, upg), False),
         "ours, NPG, eager float32": (work, ours(work, npg), False),
-        "ours, UPG, compiled bfloat16": (first, ours_compiled(first, upg), True),
-        "ours, NPG, compiled bfloat16": (second, ours_compiled(second, npg), True),
+        "ours, UPG, eager bfloat16": in_bfloat16(ours, upg),
+        "ours, NPG, eager bfloat16": in_bfloat16(ours, npg),
+        "ours, UPG, compiled bfloat16": in_bfloat16(ours_compiled, upg),
+        "ours, NPG, compiled bfloat16": in_bfloat16(ours_compiled, npg),
     }
+    if work.x.is_cuda:
+        found["ours, UPG, CUDA graphs, bfloat16"] = in_bfloat16(ours_compiled, upg, mode="reduce-overhead")
+        found["ours, NPG, CUDA graphs, bfloat16"] = in_bfloat16(ours_compiled, npg, mode="reduce-overhead")
+    return found
 
 
 def compare(work: Workload, rounds: int) -> list[dict[str, Any]]:
@@ -73,7 +87,7 @@ def compare(work: Workload, rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
     for done in range(rounds + 2):
         for name, (used, solve, low) in found.items():
-            with torch.autocast("cpu", torch.bfloat16) if low else nullcontext():
+            with torch.autocast(work.x.device.type, torch.bfloat16) if low else nullcontext():
                 result = training_step(used, solve)
             if done >= 2:  # the first ones compile
                 runs[name].append(result)
@@ -97,14 +111,24 @@ def compare(work: Workload, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workload", choices=BLOCKS, default=BLOCKS[0])
+    parser.add_argument("--batch", type=int, help="samples; as in benchmarks.peers by default")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "compiled.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore", NotConvergedWarning)
     torch.manual_seed(0)
-    work = WORKLOADS["mdeq-small-64"]("mdeq-small-64")
-    rates = [matrix_rate()]
+    size = {} if options.batch is None else {"batch": options.batch}
+    work = WORKLOADS[options.workload](options.workload, **size).to(options.device)
+    low = torch.float32 if options.device == "cpu" else torch.bfloat16
+    rates = [matrix_rate(device=options.device, dtype=low)]
     rows = compare(work, options.rounds)
-    rates.append(matrix_rate())
+    rates.append(matrix_rate(device=options.device, dtype=low))
+    floor = work.steps * flops(work) / max(rates)
+    print(
+        f"{work.name}: batch {len(work.start[0])}, {work.steps} evaluations; floor of a solve {floor:.3g} s at "
+        f"{max(rates) / 1e9:.0f} GFLOP/s of a product in {str(low).removeprefix('torch.')}"
+    )
     print(f"{'':<40}{'forward s':>11}{'backward s':>11}{'step s':>9}{'of eager':>10}{'of same cell':>14}{'cosine':>8}")
     for row in rows:
         print(
@@ -113,11 +137,13 @@ def main() -> None:
         )
     machine = {
         "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if work.x.is_cuda else "cpu",
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
     }
     content = {"command": "python -m benchmarks.compiled", "rounds": options.rounds, "torch": torch.__version__}
-    content |= {"machine": machine, "matrix_rate": max(rates), "rows": rows}
+    content |= {"workload": work.name, "batch": len(work.start[0]), "steps": work.steps, "machine": machine}
+    content |= {"matrix_rate": max(rates), "floor_forward_s": floor, "rows": rows}
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.workloads import WORKLOADS, State, Workload
+from benchmarks.workloads import WORKLOADS, State, Workload, wait
 from phantomgrad import (
     Backprop,
     FixedPointIteration,
@@ -124,10 +124,13 @@ def training_step(work: Workload, solve: Contestant) -> dict[str, Any]:
     """Seconds of forward and backward, and the gradient of everything."""
     for parameter in work.parameters:
         parameter.grad = None
+    work.wait()
     begin = time.perf_counter()
     state = solve()
+    work.wait()
     middle = time.perf_counter()
     work.loss(state).backward()
+    work.wait()
     end = time.perf_counter()
     grads = [p.grad.flatten() for p in work.parameters if p.grad is not None]
     return {"forward": middle - begin, "backward": end - middle, "step": end - begin, "grads": torch.cat(grads)}
@@ -166,15 +169,18 @@ def flops(work: Workload) -> int:
     return counter.get_total_flops()
 
 
-def matrix_rate(seconds: float = 1.0) -> float:
-    """Floating-point operations a second of a large float32 matrix product."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def matrix_rate(seconds: float = 1.0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 1024 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
+    wait(a.device)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
         a @ b
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - begin))
+        wait(a.device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
     return best
 
 

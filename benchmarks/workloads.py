@@ -33,6 +33,18 @@ class Workload:
     def __post_init__(self) -> None:
         self._weights = [torch.randn_like(leaf) for leaf in self.start]
 
+    def to(self, device: str) -> Workload:
+        """This, moved to a device."""
+        self.cell.to(device)
+        self.x = self.x.detach().to(device).requires_grad_()
+        self.start = tuple(leaf.to(device) for leaf in self.start)
+        self._weights = [weight.to(device) for weight in self._weights]
+        return self
+
+    def wait(self) -> None:
+        """Until its device has done what it was asked."""
+        wait(self.x.device)
+
     def share_loss(self, other: Workload) -> None:
         """Take the loss of another workload with the same shapes."""
         self._weights = other._weights
@@ -54,6 +66,12 @@ class Workload:
         """A context in which parametrized weights are computed once, with grad, for a library that does not see to it."""
         context = parametrize.cached()
         return _Prepared(context, self.cell)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _Prepared:
@@ -126,10 +144,11 @@ def _tiny(name: str) -> Workload:
     return Workload(name, TinyCell(), torch.randn(32, 8, requires_grad=True), (torch.zeros(32, 8),), 50, 0.6)
 
 
-WORKLOADS: dict[str, Callable[[str], Workload]] = {
-    "mdeq-small-64": lambda name: _mdeq(name, mdeq_imagenet_small, 64, 16, 26, 0.6),
-    "mdeq-small-224": lambda name: _mdeq(name, mdeq_imagenet_small, 224, 2, 26, 0.6),
-    "mdeq-cifar-large": lambda name: _mdeq(name, mdeq_cifar_large, 32, 16, 18, 0.5),
+WORKLOADS: dict[str, Callable[..., Workload]] = {
+    "mdeq-small-64": lambda name, batch=16: _mdeq(name, mdeq_imagenet_small, 64, batch, 26, 0.6),
+    "mdeq-small-224": lambda name, batch=2: _mdeq(name, mdeq_imagenet_small, 224, batch, 26, 0.6),
+    "mdeq-cifar-large": lambda name, batch=16: _mdeq(name, mdeq_cifar_large, 32, batch, 18, 0.5),
     "transformer": _transformer,
     "tiny": _tiny,
 }
+"""How to make each, by its name; the blocks of MDEQ also take a `batch`."""

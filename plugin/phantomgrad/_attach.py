@@ -28,7 +28,7 @@ def attach(
     eval_solver: Solver | None = None,
     on_failure: OnFailure = "warn",
     on_step: OnStep | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     process_group: Any = None,
     batched_inputs: Sequence[int | str] | None = None,
 ) -> Attachment:
@@ -48,7 +48,8 @@ def attach(
     on_step: called as `on_step(step, image, residual)` after each check of the solver. Samples for which it returns True (a
         bool tensor of shape (samples,)) stop at this image and count as converged: a test of your own beside the residual.
         `Backprop`, whose steps are all differentiated, stops none.
-    compile: compile the cell with `torch.compile`, for solver and gradient alike.
+    compile: compile the cell with `torch.compile`, for solver and gradient alike. One of its modes, such as "reduce-overhead"
+        (CUDA graphs), holds for the evaluations of the solve, of which nothing is recorded.
     process_group: processes that must stop and fail together (FSDP units or SyncBatchNorm inside the cell).
     batched_inputs: which further inputs, by position or keyword, have `batch_dim` too, all tensors in them. A solve then does not
         evaluate samples that have converged, with the same results. None leaves it unsaid: all are evaluated to the end.
@@ -71,8 +72,9 @@ def attach(
         )
     if isinstance(output, bool) or not isinstance(output, int | str | None):
         raise TypeError(f"output must be a position, a key or None, got {output!r}.")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile must be True or False, got {compile!r}.")
+    if not isinstance(compile, bool) and compile not in MODES:
+        kind = ValueError if isinstance(compile, str) else TypeError
+        raise kind(f"compile must be True, False or a mode of torch.compile ({', '.join(MODES)}), got {compile!r}.")
     settings = Settings(
         gradient=UnrolledPhantom() if gradient is None else gradient,
         solver=FixedPointIteration() if solver is None else solver,
@@ -89,6 +91,10 @@ def attach(
             "compiled anew. Leave out one of the two."
         )
     return Attachment(module, settings, state=state, output=output, compile=compile)
+
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""The modes of `torch.compile`."""
 
 
 def is_attached(module: nn.Module) -> bool:

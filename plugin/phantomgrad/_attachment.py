@@ -67,7 +67,7 @@ class Attachment(Bound):
         *,
         state: int | str,
         output: int | str | None,
-        compile: bool,
+        compile: bool | str,
     ) -> None:
         super().__init__(module)
         self._settings = settings
@@ -89,7 +89,10 @@ class Attachment(Bound):
         self._thread = _ThreadState()
         self._where = located(self._module_ref)
         self._report.where = self._where
-        self._compiled = CompiledForward(self.module, self._previous) if self._compile else None
+        self._compiled: CompiledForward | None = None
+        if self._compile:
+            mode = self._compile if isinstance(self._compile, str) else None
+            self._compiled = CompiledForward(self.module, self._previous, mode)
 
     def _copied_state(self) -> dict[str, Any]:
         fresh = ("_thread", "_where", "_compiled")
@@ -245,7 +248,7 @@ class Attachment(Bound):
         z0, others, call = self._state.split(args, kwargs, step, self._where)
         if settings.process_group is None:
             refuse_communication(module)
-        scope = OncePerSolve(module, ahead=self._compile)
+        scope = OncePerSolve(module, ahead=compiled is not None)
         cell = Cell(
             call,
             z0,

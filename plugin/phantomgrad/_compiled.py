@@ -9,12 +9,16 @@ A compiled function does all that was traced, at every call. Two things that pla
   need that of the state alone and autograd would compute no other. They have an evaluation of their own in which all else is
   held constant.
 
+A mode that was asked for holds where nothing is recorded, in the solve: there each evaluation is over before the next begins, so
+CUDA graphs ("reduce-overhead") may write all results to the same memory. Copies are taken out of it.
+
 The compiler sees that the weights are put into the module and taken out again, and leaves both out of what it makes. Where a
 parameter is no plain tensor (sharded by FSDP, say) the module is left as it is: slower, with the same results.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_map_only
 
 from phantomgrad._arguments import Call
 from phantomgrad._parametrizations import casts_its_weights
@@ -35,9 +38,9 @@ Weights = dict[str, Tensor]
 
 
 class CompiledForward:
-    """The forward of `module`, compiled; `previous` where it had one of its own."""
+    """The forward of `module`, compiled, without grad in a `mode` of its own; `previous` where it had one of its own."""
 
-    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None) -> None:
+    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, mode: str | None) -> None:
         forward = type(module).forward if previous is None else _without_module(previous)
 
         def evaluate(weights: Weights, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -47,10 +50,16 @@ class CompiledForward:
                 return forward(module, *args, **kwargs)
 
         self._evaluate = compiled(evaluate)
+        self._without_grad = None if mode is None else compiled(evaluate, mode)
+
+    def __call__(self, weights: Weights, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._without_grad is None or torch.is_grad_enabled():
+            return self._evaluate(weights, module, *args, **kwargs)
+        return _tensors_mapped(Tensor.clone, self._without_grad(weights, module, *args, **kwargs))
 
     def with_weights(self, weights: Weights, module: nn.Module) -> Callable[..., Any]:
         """A function of the other arguments that uses these weights."""
-        return functools.partial(self._evaluate, weights, module)
+        return functools.partial(self, weights, module)
 
 
 def _without_module(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,8 +79,23 @@ class CompiledCall:
         weights = _constant_weights(self._module, self._weights)
         if weights is None:
             return None
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (call.args, call.kwargs))
+        args, kwargs = _tensors_mapped(Tensor.detach, (call.args, call.kwargs))
         return replace(call, step=self._forward.with_weights(weights, self._module), args=args, kwargs=kwargs)
+
+
+def _tensors_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of every tensor in its tuples, lists and dicts, of whatever class they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        for key, part in value.items():
+            mapped[key] = _tensors_mapped(function, part)
+        return mapped
+    if isinstance(value, tuple | list):
+        parts = [_tensors_mapped(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _cast_weights(module: nn.Module) -> Weights:

@@ -28,7 +28,7 @@ def equilibrium(
     eval_solver: Solver | None = None,
     on_failure: OnFailure = "warn",
     on_step: OnStep | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     process_group: Any = None,
     batched_inputs: Sequence[int | str] | None = None,
 ) -> Callable[[Decorated], Decorated]:

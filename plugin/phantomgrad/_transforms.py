@@ -39,7 +39,7 @@ def outside_the_compiler(function: Callable[Arguments, Result]) -> Callable[Argu
     return call
 
 
-def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def compiled(function: Callable[Arguments, Result], mode: str | None = None) -> Callable[Arguments, Result]:
     """`function`, compiled so that its backward can run several times, as the products with one evaluation do.
 
     torch counts how often it has compiled the same code, and after eight times runs it uncompiled: a class's `forward` for
@@ -50,7 +50,7 @@ def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
         return function(*args, **kwargs)
 
     alone.__code__ = alone.__code__.replace()
-    fast = torch.compile(alone)
+    fast = torch.compile(alone) if mode is None else torch.compile(alone, mode=mode)
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

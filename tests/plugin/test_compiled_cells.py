@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations
 
-from phantomgrad import FixedPointIteration, Gradient, Implicit, NeumannPhantom, OneStep, attach
+from phantomgrad import (
+    Anderson,
+    Backprop,
+    Broyden,
+    FixedPointIteration,
+    Gradient,
+    Implicit,
+    NeumannPhantom,
+    OneStep,
+    Shine,
+    Solver,
+    attach,
+)
 
 # The compiler reads `.grad` of every tensor that it guards, leaf or not, and hides torch's warning only where it is no error.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -64,7 +77,7 @@ class Layers(nn.Module):
         return {"state": torch.tanh(self.gain * shifted + inputs["x"]), "hidden": hidden}
 
 
-def _gradients(gradient: Gradient, *, compile: bool, low: bool = False) -> dict[str, Tensor]:
+def _gradients(gradient: Gradient, *, compile: bool | str, low: bool = False) -> dict[str, Tensor]:
     cell = Layers() if low else Layers().double()
     dtype = torch.float32 if low else torch.float64
     generator = torch.Generator().manual_seed(12)
@@ -213,3 +226,88 @@ def test_a_cell_with_breaks_keeps_its_weights_and_has_the_same_gradients(
         found.append(grads | {"x": x.grad})
     assert_same(found[1], found[0])
     assert graphs.forward
+
+
+class Output(dict[str, Tensor]):
+    """What many libraries' modules return."""
+
+
+class Returning(Layers):
+    def forward(self, z: Tensor, inputs: dict[str, Tensor], *, shift: Tensor | None = None) -> dict[str, Tensor]:
+        return Output(super().forward(z, inputs, shift=shift))
+
+
+class SameMemory:
+    """`torch.compile` whose "reduce-overhead" writes the results of all calls to the same memory, as CUDA graphs do."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, function: Any, *, mode: str | None = None) -> Any:
+        if mode is None:
+            return function
+        assert mode == "reduce-overhead"
+        memory: list[Tensor] = []
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            assert not torch.is_grad_enabled()
+            found = function(*args, **kwargs)
+            if not memory:
+                memory.extend(map(torch.clone, found.values()))
+            for into, leaf in zip(memory, found.values(), strict=True):
+                into.copy_(leaf)
+            self.replays += 1
+            return Output(zip(found, memory, strict=True))
+
+        return replay
+
+
+@pytest.mark.parametrize(
+    ("gradient", "solver"),
+    [
+        (gradient, solver)
+        for gradient in GRADIENTS
+        for solver in (FixedPointIteration, Anderson, Broyden)
+        if not isinstance(gradient, Backprop) and (solver is Broyden or not isinstance(gradient, Shine))
+    ],
+    ids=repr,
+)
+def test_a_solve_may_write_all_its_images_to_the_same_memory(
+    gradient: Gradient, solver: type[Solver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_memory = SameMemory()
+    monkeypatch.setattr(torch, "compile", same_memory)
+    found = []
+    for compile in (False, "reduce-overhead"):
+        cell = Returning().double()
+        short = solver(max_steps=9, rtol=0.0, atol=0.0, trace="state")
+        attachment = attach(cell, gradient, solver=short, output="state", on_failure="ignore", compile=compile)
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+        returned = cell(torch.zeros_like(x), {"x": x})
+        (returned["state"].square().sum() + returned["hidden"].sum()).backward()
+        with torch.no_grad():
+            settled = cell(torch.zeros_like(x), {"x": x})
+        assert attachment.solution is not None
+        assert attachment.solution.trace is not None
+        found.append(
+            [*settled.values(), *attachment.solution.trace.states, *(p.grad for p in cell.parameters()), x.grad]
+        )
+    assert same_memory.replays == 2 * 9
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend of torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch's own modules
+def test_a_mode_of_the_compiler_gives_the_same() -> None:
+    expected = _gradients(NeumannPhantom(), compile=False)
+    assert_same(_gradients(NeumannPhantom(), compile="reduce-overhead"), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compile", ["fast", 1, None, {"mode": "default"}])
+def test_a_mode_that_torch_does_not_have_is_refused(compile: Any) -> None:
+    with pytest.raises(
+        ValueError if isinstance(compile, str) else TypeError,
+        match=r"^compile must be True, False or a mode of torch.compile \(default, reduce-ov",
+    ):
+        attach(Cell(), compile=compile)

@@ -473,7 +473,9 @@ def test_options_that_cannot_be_assigned_or_have_the_wrong_type() -> None:
             setattr(attachment, name, 1)
     with pytest.raises(TypeError, match=r"output must be a position, a key or None, got 1\.5\."):
         attach(Cell(), output=1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"compile must be True or False, got 'yes'\."):
+    with pytest.raises(
+        ValueError, match=r"compile must be True, False or a mode of torch\.compile \(.*\), got 'yes'\."
+    ):
         attach(Cell(), compile="yes")  # type: ignore[arg-type]
 
 
