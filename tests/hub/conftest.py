@@ -79,6 +79,43 @@ def folder(model: MDEQ, tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint for the photos of `data`."""
+    from images import NAMES
+    from small import pooled_config
+
+    from phantomgrad_hub import MDEQ
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    MDEQ(pooled_config(channels=(8, 8), num_classes=3, image_size=16), labels=sorted(NAMES)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos, one of them in a folder below, and a file that is none."""
+    from images import picture
+
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "below").mkdir()
+    for index, name in enumerate(("a.png", "b.JPG", "below/c.png")):
+        picture(index, 0, size=20).save(folder / name)
+    (folder / "notes.txt").write_text("not a photo")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of three classes in the folders `train` and `val`."""
+    from images import write_folder
+
+    folder = tmp_path_factory.mktemp("data")
+    write_folder(folder / "train", 6)
+    write_folder(folder / "val", 3, first=30)
+    return folder
+
+
 @pytest.fixture
 def repository(request: pytest.FixtureRequest) -> str:
     """A name that no other test uses."""

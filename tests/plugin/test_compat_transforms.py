@@ -12,7 +12,15 @@ from compat import GRADIENTS, RECORDING, attached, batch, loss
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from phantomgrad import Gradient, NeumannPhantom, OneStep, PhantomGradError, UnrolledPhantom, fixed_point
+from phantomgrad import (
+    FixedPointIteration,
+    Gradient,
+    NeumannPhantom,
+    OneStep,
+    PhantomGradError,
+    UnrolledPhantom,
+    fixed_point,
+)
 
 # torch compiles its own formulas of forward mode with torch.jit.script, and warns about that itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -164,3 +172,12 @@ def test_gradients_that_work_in_backward_only_refuse_forward_mode(gradient: Grad
         torch.func.jvp(lambda x: value(parameters, x), (batch(),), (batch(),))
     with forward_ad.dual_level(), pytest.raises(PhantomGradError, match=BACKWARD_ONLY):
         value(parameters, forward_ad.make_dual(batch(), batch()))
+
+
+def test_one_step_at_a_given_solution_works_within_torch_func() -> None:
+    def loss(x: Tensor) -> Tensor:
+        start = torch.full((2, 3), 2.0)
+        solver = FixedPointIteration(max_steps=0)
+        return fixed_point(lambda z: 0.5 * z + x, start, gradient=OneStep(), solver=solver).value.sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(torch.ones(2, 3)), torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives: the exact gradient is right to any order, for everything the map depends on."""
+"""Derivatives of derivatives: the exact gradient is right to any order, for everything the map depends on; Krylov ones are finite."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 import pytest
 import torch
 from problems import DTYPE
+from tanh_cell import EXACT, Cell
 from torch import Tensor, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from phantomgrad import Anderson, FixedPointIteration, Implicit, PhantomGradError, attach, fixed_point
+from phantomgrad import (
+    AdaptivePhantom,
+    Anderson,
+    FixedPointIteration,
+    Gradient,
+    Implicit,
+    KrylovPhantom,
+    PhantomGradError,
+    Solver,
+    attach,
+    fixed_point,
+)
 
 SOLVER = FixedPointIteration(max_steps=1000, rtol=1e-13, atol=1e-14)
 
@@ -202,3 +214,52 @@ def test_a_second_backward_and_several_solves_in_one_graph() -> None:
     for _ in range(2):
         second = grad(first, w, retain_graph=True)[0]
         assert second.item() == pytest.approx(grad(expected, w, retain_graph=True)[0].item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("gradient", [KrylovPhantom(), KrylovPhantom(steps=9), AdaptivePhantom(target=0.01)], ids=repr)
+def test_krylov_gradients_of_degenerate_blocks_can_be_differentiated(gradient: Gradient) -> None:
+    u = torch.tensor([[0.5], [0.2], [0.1]], dtype=DTYPE, requires_grad=True)
+    mask = torch.tensor([[1.0], [0.0]], dtype=DTYPE)  # the second sample's cotangent is zero
+    for scale in (1.0, 0.0):  # a Jacobian of rank one, and none at all
+
+        def cell(z: Tensor, x: Tensor, scale: float = scale) -> Tensor:
+            return scale * z @ u @ u.T + x
+
+        x = torch.ones(2, 3, dtype=DTYPE, requires_grad=True)
+        value = fixed_point(cell, torch.zeros(2, 3, dtype=DTYPE), x, gradient=gradient, solver=EXACT).value
+        (first,) = torch.autograd.grad((mask * value.square()).sum(), x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [x, u], allow_unused=True)
+        assert first[0].abs().max() > 0
+        assert torch.isfinite(second[0]).all()
+        assert second[0].abs().max() > 0
+        if scale:
+            assert torch.isfinite(second[1]).all()
+
+
+def test_a_second_backward_draws_no_random_numbers() -> None:
+    class Dropping(Cell):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(z, 0.3), x)
+
+    cell, x = Dropping(), torch.randn(2, 4, dtype=DTYPE, requires_grad=True)
+    attach(cell, Implicit(), solver=EXACT)
+    z = cell(torch.zeros(2, 4, dtype=DTYPE), x)
+    before = torch.get_rng_state()
+    torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weight_norm_and_a_start_that_is_the_solution_can_be_differentiated_twice() -> None:
+    cell, x = Cell(), torch.randn(2, 4, dtype=DTYPE, requires_grad=True)
+    nn.utils.parametrizations.weight_norm(cell.recurrent)
+    attachment = attach(cell, Implicit(rtol=1e-10), solver=EXACT)
+    with torch.no_grad():
+        solution = cell(torch.zeros(2, 4, dtype=DTYPE), x)
+
+    def second(start: Tensor, solver: Solver) -> Tensor:
+        with attachment.using(solver=solver):
+            (first,) = torch.autograd.grad(cell(start, x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    found = second(solution, FixedPointIteration(max_steps=0))
+    torch.testing.assert_close(found, second(torch.zeros_like(solution), EXACT), rtol=1e-5, atol=1e-6)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import DTYPE
 from torch import Tensor, nn
 
 from phantomgrad import (
+    Backprop,
     FixedPointIteration,
     Gradient,
     Implicit,
@@ -133,3 +135,66 @@ def test_spectral_norm_iterates_once_per_solve_and_gets_gradients(gradient: Grad
     grad = cell.linear.parametrizations.weight.original.grad
     assert grad is not None
     assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), OneStep(), NeumannPhantom(), Backprop(steps=60)], ids=repr)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_running_statistics_are_those_of_the_solution(gradient: Gradient, frozen: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, momentum=1.0).double()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            self.norm(z)
+            return 0.5 * z + x
+
+    cell, x = Normed(), torch.randn(8, 4, dtype=DTYPE)
+    cell.requires_grad_(not frozen)
+    x.requires_grad_(not frozen)
+    attach(cell, gradient, batch_dim=None, solver=FixedPointIteration(max_steps=100, rtol=1e-10))
+    cell(torch.full((8, 4), 7.0, dtype=DTYPE), x)
+    torch.testing.assert_close(cell.norm.running_mean, 2 * x.detach().mean(0), rtol=1e-6, atol=1e-6)
+    assert cell.norm.num_batches_tracked == 1
+
+
+def test_a_thread_never_takes_another_ones_scratch_buffers_for_the_modules_own() -> None:
+    from phantomgrad._batch_statistics import BatchStatistics
+
+    norm = nn.BatchNorm1d(4)
+    own = [id(buffer) for buffer in norm.buffers()]
+    one = BatchStatistics([norm])
+    with one():
+        other = BatchStatistics([norm])  # as another thread would, in the middle of an evaluation
+        with other():
+            norm(torch.randn(3, 4))
+    one.commit()
+    other.commit()
+    assert [id(buffer) for buffer in norm.buffers()] == own
+
+
+def test_batch_norm_inside_two_solves_is_updated_once() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4).double()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.3 * torch.tanh(self.norm(z + x))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * self.inner(torch.zeros_like(z), z + x)
+
+    cell, x = Outer(), torch.randn(6, 4, dtype=DTYPE)
+    attach(cell.inner, batch_dim=None)
+    attach(cell, batch_dim=None)
+    own = [id(buffer) for buffer in cell.buffers()]
+    for calls in (1, 2):
+        cell(torch.zeros_like(x), x)
+        assert cell.inner.norm.num_batches_tracked == calls
+    assert [id(buffer) for buffer in cell.buffers()] == own
