@@ -4,7 +4,8 @@ Note [Compiled cells]
 A compiled function does all that was traced, at every call. Two things that plain autograd and autocast spare are spared here:
 
 - Autocast keeps its casts of parameters while it lasts, but a compiled evaluation casts them again. The weights of layers that
-  autocast casts are cast once per call, with grad, and passed in; parametrized ones: Note [Parametrizations].
+  autocast casts are cast once per call, with grad, and passed in. Where an operation would cast a weight it takes this instead;
+  whatever else uses the weight, such as its norm or a layer for which autocast is switched off, gets it as it is.
 - A compiled backward computes the gradient of everything that required grad, where the products with the Jacobian
   need that of the state alone and autograd would compute no other. They have an evaluation of their own in which all else is
   held constant.
@@ -12,8 +13,9 @@ A compiled function does all that was traced, at every call. Two things that pla
 A mode that was asked for holds where nothing is recorded, in the solve: there each evaluation is over before the next begins, so
 CUDA graphs ("reduce-overhead") may write all results to the same memory. Copies are taken out of it.
 
-The compiler sees that the weights are put into the module and taken out again, and leaves both out of what it makes. Where a
-parameter is no plain tensor (sharded by FSDP, say) the module is left as it is: slower, with the same results.
+The compiler sees that constants are put into the module and taken out again, and leaves both out of what it makes. Where a
+parameter is no plain tensor (sharded by FSDP, say) the module is left as it is: slower, with the same results. So it is where
+Python runs the function instead, after a graph break or too many recompilations: another thread would find there what was put in.
 """
 
 from __future__ import annotations
@@ -21,20 +23,57 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 
 from phantomgrad._arguments import Call
-from phantomgrad._parametrizations import casts_its_weights
+from phantomgrad._parametrizations import CASTING_OPERATIONS, casts_its_weights, running_casts
 from phantomgrad._transforms import compiled
 
-Weights = dict[str, Tensor]
-"""Tensors by the name of the parameter that they replace."""
+Casts = list[tuple[Tensor, Tensor]]
+"""Weights, each with what autocast makes of it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a compiled evaluation uses in the place of a module's parameters."""
+
+    constants: dict[str, Tensor]
+    """By the name of the parameter that they replace."""
+    casts: Casts
+
+
+_OWN = Weights({}, [])
+
+
+class _UsingCasts(TorchFunctionMode):
+    """Gives the operations that would cast a weight its cast; not the compiled function but the compiler runs this."""
+
+    def __init__(self, casts: Casts) -> None:
+        super().__init__()
+        self._casts = casts
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in CASTING_OPERATIONS:
+            args = tuple([self._cast(each) for each in args])
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        for weight, cast in self._casts:
+            if value is weight:
+                device = weight.device.type
+                fits = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == cast.dtype
+                return cast if fits else value
+        return value
 
 
 class CompiledForward:
@@ -43,23 +82,33 @@ class CompiledForward:
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, mode: str | None) -> None:
         forward = type(module).forward if previous is None else _without_module(previous)
 
-        def evaluate(weights: Weights, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not weights:
+        def evaluate(constants: dict[str, Tensor], casts: Casts, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_dynamo_compiling():
                 return forward(module, *args, **kwargs)
-            with _reparametrize_module(module, weights):
+            casts = casts + running_casts()
+            with (
+                _reparametrize_module(module, constants) if constants else nullcontext(),
+                _UsingCasts(casts) if casts else nullcontext(),
+            ):
                 return forward(module, *args, **kwargs)
 
-        self._evaluate = compiled(evaluate)
-        self._without_grad = None if mode is None else compiled(evaluate, mode)
+        self._copies = mode is not None
+        # Each with a limit of recompilations of its own, of which a new size takes one in each.
+        self._solving, self._recording, self._holding = compiled(evaluate, mode), compiled(evaluate), compiled(evaluate)
 
     def __call__(self, weights: Weights, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._without_grad is None or torch.is_grad_enabled():
-            return self._evaluate(weights, module, *args, **kwargs)
-        return _tensors_mapped(Tensor.clone, self._without_grad(weights, module, *args, **kwargs))
+        if torch.is_grad_enabled():
+            return self._recording(weights.constants, weights.casts, module, *args, **kwargs)
+        returned = self._solving(weights.constants, weights.casts, module, *args, **kwargs)
+        return _tensors_mapped(Tensor.clone, returned) if self._copies else returned
 
-    def with_weights(self, weights: Weights, module: nn.Module) -> Callable[..., Any]:
+    def with_weights(self, module: nn.Module, weights: Weights = _OWN) -> Callable[..., Any]:
         """A function of the other arguments that uses these weights."""
         return functools.partial(self, weights, module)
+
+    def holding(self, weights: Weights, module: nn.Module) -> Callable[..., Any]:
+        """The same, for weights and arguments that are constant."""
+        return functools.partial(self._holding, weights.constants, weights.casts, module)
 
 
 def _without_module(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,16 +120,16 @@ class CompiledCall:
 
     def __init__(self, forward: CompiledForward, module: nn.Module) -> None:
         self._forward, self._module = forward, module
-        self._weights = _cast_weights(module)
-        self.step = forward.with_weights(self._weights, module)
+        self._casts = _casts(module)
+        self.step = forward.with_weights(module, Weights({}, self._casts))
 
     def constant(self, call: Call) -> Call | None:
         """`call` with nothing to be differentiated but the state; None where that cannot be."""
-        weights = _constant_weights(self._module, self._weights)
+        weights = _constant_weights(self._module, self._casts)
         if weights is None:
             return None
         args, kwargs = _tensors_mapped(Tensor.detach, (call.args, call.kwargs))
-        return replace(call, step=self._forward.with_weights(weights, self._module), args=args, kwargs=kwargs)
+        return replace(call, step=self._forward.holding(weights, self._module), args=args, kwargs=kwargs)
 
 
 def _tensors_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -98,28 +147,27 @@ def _tensors_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _cast_weights(module: nn.Module) -> Weights:
-    """The weights that autocast, as it is now, would cast at every use, cast."""
+def _casts(module: nn.Module) -> Casts:
+    """The weights that autocast, as it is now, would cast at every use."""
     if not _all_plain(module):
-        return {}
-    cast: dict[int, Tensor] = {}
-    found: Weights = {}
+        return []
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for name, weight, layer in _named(module):
         device = weight.device.type
-        if not casts_its_weights(layer) or weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-            continue
-        if id(weight) not in cast:
+        used = name.rpartition(".")[2] in ("weight", "bias") and casts_its_weights(layer)
+        if used and id(weight) not in found and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             with torch.enable_grad():
-                cast[id(weight)] = weight.to(torch.get_autocast_dtype(device))
-        found[name] = cast[id(weight)]
-    return found
+                found[id(weight)] = weight, weight.to(torch.get_autocast_dtype(device))
+    return list(found.values())
 
 
-def _constant_weights(module: nn.Module, weights: Weights) -> Weights | None:
-    """All weights of `module`, or what replaces them in `weights`, without their history; None where that cannot be."""
+def _constant_weights(module: nn.Module, casts: Casts) -> Weights | None:
+    """All weights of `module`, and their casts, without history; None where that cannot be."""
     if not _all_plain(module):
         return None
-    return {name: weights.get(name, weight).detach() for name, weight, _ in _named(module)}
+    constants = {id(weight): weight.detach() for weight in module.parameters()}
+    named = {name: constants[id(weight)] for name, weight, _ in _named(module)}
+    return Weights(named, [(constants[id(weight)], cast.detach()) for weight, cast in casts])
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:

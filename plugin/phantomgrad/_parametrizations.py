@@ -8,12 +8,14 @@ without grad would cut this one's weights off from their parameters. Here each c
 only the caches of its own calls.
 
 Two things more are done once that every evaluation would repeat. Autocast keeps its casts of parameters, but not those of a
-weight that is computed; and what a parametrization computes is laid out plainly where its parameter is channels last, which
-convolutions then undo each time (on a CPU that takes as long as the convolution).
+weight that is computed: its layer gets one cast, and whatever else asks for the weight gets the weight itself. And what a
+parametrization computes is laid out plainly where its parameter is channels last, which convolutions then undo each time (on a
+CPU that takes as long as the convolution).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from copy import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
 from phantomgrad._bound import Bound
@@ -62,7 +65,9 @@ class _Shared(Bound):
                 if value is None:
                     with torch.enable_grad():
                         value = cache.weights[key] = self._compute()
-                return _cast(key, value, cache) if key in cache.casting else value
+                compiling = torch.compiler.is_dynamo_compiling()  # `running_casts` are what the operations take then
+                casts = not compiling and key in cache.casting and _asked_by_a_layer()
+                return _cast(key, value, cache) if casts else value
         return self._compute()
 
     def _compute(self) -> Tensor:
@@ -81,6 +86,29 @@ def _cast(key: int, value: Tensor, cache: _Cache) -> Tensor:
     if found is None:
         with torch.enable_grad():
             found = cache.casts[key, dtype] = value.to(dtype)
+    return found
+
+
+def _asked_by_a_layer() -> bool:
+    """Whether what asks for a parametrized weight is the forward of a layer that `casts_its_weights`."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _MACHINERY:
+        frame = frame.f_back
+    return frame.f_code in _CASTING_CODE
+
+
+_MACHINERY = ("torch.nn.modules.module", "torch.nn.utils.parametrize")
+"""Where the frames between an access and the parametrization's forward are."""
+
+
+def running_casts() -> list[tuple[Tensor, Tensor]]:
+    """The weights computed for this thread's solves that have been cast, each with its cast."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for cache in _active.caches:
+        for (key, _), cast in cache.casts.items():
+            weight = cache.weights[key]
+            if weight is not None:
+                found.append((weight, cast))
     return found
 
 
@@ -105,10 +133,12 @@ class SharedParametrizations:
                 each.__dict__["forward"] = _Shared(each)
 
     def compute(self) -> None:
-        """Compute all weights now."""
+        """Compute all weights now, with what autocast, as it is now, makes of them."""
         with self():
             for each in self._parametrizations:
-                each()
+                weight = each()
+                if id(each) in self._cache.casting:
+                    _cast(id(each), weight, self._cache)
 
     @contextmanager
     def __call__(self, *, constant: bool = False) -> Generator[None, None, None]:
@@ -132,6 +162,19 @@ _CASTING = {
     )
 }
 """What does nothing with its weight and bias but hand them to an operation for which autocast casts them."""
+
+_CASTING_CODE = {forward.__code__ for forward in _CASTING}
+
+CASTING_OPERATIONS = (
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+"""These operations."""
 
 
 def casts_its_weights(module: nn.Module) -> bool:

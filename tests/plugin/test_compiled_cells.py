@@ -127,6 +127,70 @@ def test_autocast_casts_no_weight_in_a_compiled_evaluation(graphs: Graphs) -> No
     assert (SIZE,) not in shapes
 
 
+class LeavingAutocast(Cell):
+    """A cell with a layer for which autocast is switched off, and one whose weight a hook computes from others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.careful = nn.Linear(4, 4)
+        self.normed = nn.utils.spectral_norm(nn.Linear(4, 4))
+        self.normed.eval()
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            careful = self.careful(z)
+        return torch.tanh(0.3 * (self.recurrent(z) + careful + self.normed(z)) + x)
+
+
+@pytest.mark.parametrize("gradient", [NeumannPhantom(), Implicit()], ids=repr)
+def test_a_cast_weight_is_used_by_what_autocast_casts_alone(gradient: Gradient, graphs: Graphs) -> None:
+    found: list[dict[str, Tensor]] = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        cell, x = LeavingAutocast(), torch.randn(3, 4)
+        solver = FixedPointIteration(max_steps=30, rtol=0.0, atol=0.0)
+        attach(cell, gradient, solver=solver, on_failure="ignore", compile=compile)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = cell(torch.zeros_like(x), x)
+        z.square().sum().backward()
+        found.append({name: p.grad for name, p in cell.named_parameters() if p.grad is not None} | {"z": z.detach()})
+    assert graphs.forward
+    for name, expected in found[0].items():
+        assert found[1][name].dtype is torch.float32
+        torch.testing.assert_close(found[1][name], expected, rtol=0.02, atol=2e-3)
+
+
+def test_what_breaks_the_graph_finds_the_modules_own_weights_as_other_threads_must(graphs: Graphs) -> None:
+    cell = Breaking()
+    before = dict(cell.named_parameters())
+    found: list[dict[str, Tensor]] = []
+
+    def look(*_: Any) -> None:  # runs within an evaluation, after what breaks the graph
+        found.append(dict(cell.named_parameters()))
+
+    cell.recurrent.register_forward_hook(torch._dynamo.disable(look))
+    attach(cell, NeumannPhantom(), solver=FixedPointIteration(max_steps=100), compile=True)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cell(torch.zeros_like(x), x).sum().backward()
+    assert found
+    assert all(weights[name] is weight for weights in found for name, weight in before.items())
+
+
+def test_a_changing_size_compiles_each_kind_of_evaluation_anew_and_no_more(graphs: Graphs) -> None:
+    torch._dynamo.utils.counters.clear()
+    cell = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh())
+    attach(cell, NeumannPhantom(), solver=FixedPointIteration(max_steps=5), on_failure="ignore", compile=True)
+    for low in (False, True):
+        for size in (2, 3, 5, 8):
+            for training in (True, False):
+                cell.train(training)
+                with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    cell(torch.zeros(size, SIZE))
+    assert not torch._dynamo.utils.counters["unimplemented"]  # where reaching the limit of recompilations is noted
+    assert len(graphs.forward) > 8
+
+
 def _differentiated(graph: torch.fx.GraphModule) -> int:
     """For how many of a backward graph's inputs it returns a gradient."""
     [output] = [node for node in graph.graph.nodes if node.op == "output"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -118,6 +119,40 @@ def test_a_module_that_may_use_its_weight_otherwise_gets_it_in_float32() -> None
     attach(cell, NeumannPhantom(), **PLAIN)
     with torch.autocast("cpu", torch.bfloat16):
         cell(torch.zeros(3, 4)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("parametrized", [True, False])
+def test_what_is_no_layer_gets_the_weight_in_float32(
+    parametrized: bool, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(4, 4)
+            if parametrized:
+                parametrize.register_parametrization(self.linear, "weight", Half())
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            weight = self.linear.weight
+            return torch.tanh(0.3 * self.linear(z) / torch.linalg.matrix_norm(weight, 2) + torch.mv(weight, x[0]) + x)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    cell, x = Bounded(), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    with attach(cell, NeumannPhantom(), compile=compile, **PLAIN), torch.autocast("cpu", torch.bfloat16):
+        found = cell(torch.zeros(3, 4), x)
+    expected = torch.zeros(3, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for _ in range(SOLVER.max_steps):
+            expected = cell(expected, x)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
+    found.sum().backward()
+    for parameter in cell.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype is torch.float32
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
