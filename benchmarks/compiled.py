@@ -1,9 +1,10 @@
 """The fastest that each library does: a compiled cell in bfloat16, `python -m benchmarks.compiled`.
 
 On the block of MDEQ-Small at 64 pixels: torchdeq as its users run it today (eager, in float32 and by autocast), torchdeq driving
-the cell that `torch.compile` made, in bfloat16 by autocast and channels last, and this library with the same cell; all with the
-same 26 evaluations and 5 of the phantom gradient. One process, run by run in turn. Prints a table and writes JSON. With
-`--device cuda` also with CUDA graphs of the solve; `--workload` and `--batch` take another block.
+the cell that `torch.compile` made, in bfloat16 by autocast and channels last, and this library with the same cells; all with the
+same 26 evaluations and 5 of the phantom gradient. What is not compiled is laid out plainly, which is faster for all. One process,
+run by run in turn. Prints a table and writes JSON. With `--device cuda` also with CUDA graphs of the solve; `--workload` and
+`--batch` take another block.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ SAME_CELL = "torchdeq, phantom, compiled bfloat16"
 BLOCKS = [name for name in WORKLOADS if name.startswith("mdeq")]
 
 
-def fast(work: Workload) -> Workload:
-    """A copy of the workload with everything channels last."""
-    cell = copy.deepcopy(work.cell).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = work.x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    start = tuple(leaf.to(memory_format=torch.channels_last) for leaf in work.start)
-    made = Workload(f"{work.name}-fast", cell, x, start, work.steps, work.damping)
+def copied(work: Workload, layout: torch.memory_format) -> Workload:
+    """A copy of the workload with everything in this layout."""
+    cell = copy.deepcopy(work.cell).to(memory_format=layout)  # type: ignore[call-overload]
+    x = work.x.detach().to(memory_format=layout, copy=True).requires_grad_()
+    start = tuple(leaf.to(memory_format=layout) for leaf in work.start)
+    made = Workload(work.name, cell, x, start, work.steps, work.damping)
     made.share_loss(work)
     return made
 
@@ -60,24 +61,28 @@ def entrants(work: Workload) -> dict[str, tuple[Workload, Contestant, bool]]:
     """Workload, solve and whether it runs in bfloat16, by name."""
     upg, npg = (kind(steps=STEPS, damping=work.damping) for kind in (UnrolledPhantom, NeumannPhantom))
 
-    def in_bfloat16(make: Callable[..., Contestant], *args: Any, **options: Any) -> tuple[Workload, Contestant, bool]:
-        own = fast(work)
+    def plain(make: Callable[..., Contestant], *args: Any, **options: Any) -> tuple[Workload, Contestant, bool]:
+        own = copied(work, torch.contiguous_format)
+        return own, make(own, *args, **options), True
+
+    def last(make: Callable[..., Contestant], *args: Any, **options: Any) -> tuple[Workload, Contestant, bool]:
+        own = copied(work, torch.channels_last)
         return own, make(own, *args, **options), True
 
     found = {
         BASE: (work, torchdeq(work, grad=STEPS), False),
-        "torchdeq, phantom, eager bfloat16": in_bfloat16(torchdeq, grad=STEPS),
-        SAME_CELL: in_bfloat16(torchdeq_compiled),
+        "torchdeq, phantom, eager bfloat16": plain(torchdeq, grad=STEPS),
+        SAME_CELL: last(torchdeq_compiled),
         "ours, UPG, eager float32": (work, ours(work, upg), False),
         "ours, NPG, eager float32": (work, ours(work, npg), False),
-        "ours, UPG, eager bfloat16": in_bfloat16(ours, upg),
-        "ours, NPG, eager bfloat16": in_bfloat16(ours, npg),
-        "ours, UPG, compiled bfloat16": in_bfloat16(ours_compiled, upg),
-        "ours, NPG, compiled bfloat16": in_bfloat16(ours_compiled, npg),
+        "ours, UPG, eager bfloat16": plain(ours, upg),
+        "ours, NPG, eager bfloat16": plain(ours, npg),
+        "ours, UPG, compiled bfloat16": last(ours_compiled, upg),
+        "ours, NPG, compiled bfloat16": last(ours_compiled, npg),
     }
     if work.x.is_cuda:
-        found["ours, UPG, CUDA graphs, bfloat16"] = in_bfloat16(ours_compiled, upg, mode="reduce-overhead")
-        found["ours, NPG, CUDA graphs, bfloat16"] = in_bfloat16(ours_compiled, npg, mode="reduce-overhead")
+        found["ours, UPG, CUDA graphs, bfloat16"] = last(ours_compiled, upg, mode="reduce-overhead")
+        found["ours, NPG, CUDA graphs, bfloat16"] = last(ours_compiled, npg, mode="reduce-overhead")
     return found
 
 
