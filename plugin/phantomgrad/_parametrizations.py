@@ -65,9 +65,10 @@ class _Shared(Bound):
                 if value is None:
                     with torch.enable_grad():
                         value = cache.weights[key] = self._compute()
-                compiling = torch.compiler.is_dynamo_compiling()  # `running_casts` are what the operations take then
-                casts = not compiling and key in cache.casting and _asked_by_a_layer()
-                return _cast(key, value, cache) if casts else value
+                if torch.compiler.is_dynamo_compiling():
+                    return value  # `running_casts` are what the operations take then
+                cast = key in cache.casting and torch.is_autocast_enabled(value.device.type) and _asked_by_a_layer()
+                return _cast(key, value, cache) if cast else value
         return self._compute()
 
     def _compute(self) -> Tensor:
