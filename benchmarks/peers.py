@@ -253,7 +253,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for position, row in enumerate(found["rows"]):
             colour = "#0072B2" if row["name"].startswith("ours") else "#999999"
             axes.barh(position, row["forward_s"] / base, color=colour)
-            axes.barh(position, row["backward_s"] / base, left=row["forward_s"] / base, color=colour, alpha=0.55)
+            rest = row["step_s"] - row["forward_s"]  # medians of the parts do not add up to that of the whole
+            axes.barh(position, rest / base, left=row["forward_s"] / base, color=colour, alpha=0.55)
             axes.text(row["step_s"] / base, position, f" {row['step_s'] / base:.2f}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(found["rows"])), [row["name"] for row in found["rows"]], fontsize=7)
