@@ -62,8 +62,8 @@ def test_agrees_with_torchvision(size: tuple[int, int], interpolation: str, resi
             v2.Normalize(options.mean, options.std),
         ]
     )
-    # One resampling of the window instead of two steps may round a byte the other way.
-    byte = 1.01 / 255 / min(options.std)
+    # One resampling of the window instead of two steps may round a byte the other way in each of its two passes.
+    byte = 2.01 / 255 / min(options.std)
     torch.testing.assert_close(options(image)[0], reference(image), rtol=0, atol=byte)
 
 
