@@ -16,6 +16,9 @@ from phantomgrad._report import OnFailure
 from phantomgrad.gradients import Gradient, UnrolledPhantom
 from phantomgrad.solvers import FixedPointIteration, Solver
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""The modes of `torch.compile`."""
+
 
 def attach(
     module: nn.Module,
@@ -91,10 +94,6 @@ def attach(
             "compiled anew. Leave out one of the two."
         )
     return Attachment(module, settings, state=state, output=output, compile=compile)
-
-
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""The modes of `torch.compile`."""
 
 
 def is_attached(module: nn.Module) -> bool:

@@ -178,7 +178,7 @@ class Attachment(Bound):
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One original evaluation of the module."""
         if self._compiled is not None:
-            return self._compiled.with_weights(self.module)(*args, **kwargs)
+            return self._compiled([], self.module, *args, **kwargs)
         return call_forward(self.module, self._previous, *args, **kwargs)
 
     def remove(self) -> None:

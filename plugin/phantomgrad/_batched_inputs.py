@@ -17,7 +17,7 @@ from torch import Tensor
 from phantomgrad._arguments import Call, Place, listed
 from phantomgrad._errors import AttachError, StateMismatchError
 from phantomgrad._samples import select_rows
-from phantomgrad._state import describe
+from phantomgrad._state import describe, tensors_mapped
 
 
 class BatchedInputs:
@@ -77,8 +77,11 @@ class BatchedCall:
     def narrowed(self, rows: Tensor) -> Call:
         """The call for the samples `rows` alone."""
 
+        def select(tensor: Tensor) -> Tensor:
+            return select_rows(tensor, rows, self.batch_dim % tensor.dim())
+
         def chosen(key: int | str, value: Any) -> Any:
-            return _select(value, rows, self.batch_dim) if key in self.keys else value
+            return tensors_mapped(select, value) if key in self.keys else value
 
         args = tuple(chosen(position, value) for position, value in enumerate(self.call.args))
         return replace(
@@ -99,14 +102,3 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
         return [part for each in value for part in _parts(each)]
     return [value]
-
-
-def _select(value: Any, rows: Tensor, dim: int) -> Any:
-    if isinstance(value, Tensor):
-        return select_rows(value, rows, dim % value.dim())
-    if isinstance(value, dict):
-        return type(value)({key: _select(part, rows, dim) for key, part in value.items()})
-    if isinstance(value, tuple | list):
-        parts = [_select(part, rows, dim) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

@@ -1,4 +1,4 @@
-"""A module's forward, compiled, with its weights as inputs.
+"""A module's forward, compiled, with casts of its weights, or constants in their place, as inputs.
 
 Note [Compiled cells]
 A compiled function does all that was traced, at every call. Two things that plain autograd and autocast spare are spared here:
@@ -20,11 +20,10 @@ Python runs the function instead, after a graph break or too many recompilations
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,22 +34,13 @@ from torch.overrides import TorchFunctionMode
 
 from phantomgrad._arguments import Call
 from phantomgrad._parametrizations import CASTING_OPERATIONS, casts_its_weights, running_casts
+from phantomgrad._state import tensors_mapped
 from phantomgrad._transforms import compiled
 
 Casts = list[tuple[Tensor, Tensor]]
 """Weights, each with what autocast makes of it."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a compiled evaluation uses in the place of a module's parameters."""
-
-    constants: dict[str, Tensor]
-    """By the name of the parameter that they replace."""
-    casts: Casts
-
-
-_OWN = Weights({}, [])
+Constants = dict[str, Tensor]
+"""By the name of the parameter that they replace."""
 
 
 class _UsingCasts(TorchFunctionMode):
@@ -82,7 +72,7 @@ class CompiledForward:
     def __init__(self, module: nn.Module, previous: Callable[..., Any] | None, mode: str | None) -> None:
         forward = type(module).forward if previous is None else _without_module(previous)
 
-        def evaluate(constants: dict[str, Tensor], casts: Casts, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def evaluate(constants: Constants, casts: Casts, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_dynamo_compiling():
                 return forward(module, *args, **kwargs)
             casts = casts + running_casts()
@@ -96,19 +86,16 @@ class CompiledForward:
         # Each with a limit of recompilations of its own, of which a new size takes one in each.
         self._solving, self._recording, self._holding = compiled(evaluate, mode), compiled(evaluate), compiled(evaluate)
 
-    def __call__(self, weights: Weights, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, casts: Casts, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation, in which these casts are used."""
         if torch.is_grad_enabled():
-            return self._recording(weights.constants, weights.casts, module, *args, **kwargs)
-        returned = self._solving(weights.constants, weights.casts, module, *args, **kwargs)
-        return _tensors_mapped(Tensor.clone, returned) if self._copies else returned
+            return self._recording({}, casts, module, *args, **kwargs)
+        returned = self._solving({}, casts, module, *args, **kwargs)
+        return tensors_mapped(Tensor.clone, returned) if self._copies else returned
 
-    def with_weights(self, module: nn.Module, weights: Weights = _OWN) -> Callable[..., Any]:
-        """A function of the other arguments that uses these weights."""
-        return functools.partial(self, weights, module)
-
-    def holding(self, weights: Weights, module: nn.Module) -> Callable[..., Any]:
-        """The same, for weights and arguments that are constant."""
-        return functools.partial(self._holding, weights.constants, weights.casts, module)
+    def holding(self, constants: Constants, casts: Casts, module: nn.Module) -> Callable[..., Any]:
+        """An evaluation as a function of the arguments, with constants in the place of the weights."""
+        return functools.partial(self._holding, constants, casts, module)
 
 
 def _without_module(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,30 +108,17 @@ class CompiledCall:
     def __init__(self, forward: CompiledForward, module: nn.Module) -> None:
         self._forward, self._module = forward, module
         self._casts = _casts(module)
-        self.step = forward.with_weights(module, Weights({}, self._casts))
+        self.step = functools.partial(forward, self._casts, module)
 
     def constant(self, call: Call) -> Call | None:
         """`call` with nothing to be differentiated but the state; None where that cannot be."""
-        weights = _constant_weights(self._module, self._casts)
-        if weights is None:
+        if not _all_plain(self._module):
             return None
-        args, kwargs = _tensors_mapped(Tensor.detach, (call.args, call.kwargs))
-        return replace(call, step=self._forward.holding(weights, self._module), args=args, kwargs=kwargs)
-
-
-def _tensors_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` of every tensor in its tuples, lists and dicts, of whatever class they are."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        mapped = copy.copy(value)
-        for key, part in value.items():
-            mapped[key] = _tensors_mapped(function, part)
-        return mapped
-    if isinstance(value, tuple | list):
-        parts = [_tensors_mapped(function, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        held = {id(weight): weight.detach() for weight in self._module.parameters()}
+        constants = {name: held[id(weight)] for name, weight, _ in _named(self._module)}
+        casts = [(held[id(weight)], cast.detach()) for weight, cast in self._casts]
+        args, kwargs = tensors_mapped(Tensor.detach, (call.args, call.kwargs))
+        return replace(call, step=self._forward.holding(constants, casts, self._module), args=args, kwargs=kwargs)
 
 
 def _casts(module: nn.Module) -> Casts:
@@ -159,15 +133,6 @@ def _casts(module: nn.Module) -> Casts:
             with torch.enable_grad():
                 found[id(weight)] = weight, weight.to(torch.get_autocast_dtype(device))
     return list(found.values())
-
-
-def _constant_weights(module: nn.Module, casts: Casts) -> Weights | None:
-    """All weights of `module`, and their casts, without history; None where that cannot be."""
-    if not _all_plain(module):
-        return None
-    constants = {id(weight): weight.detach() for weight in module.parameters()}
-    named = {name: constants[id(weight)] for name, weight, _ in _named(module)}
-    return Weights(named, [(constants[id(weight)], cast.detach()) for weight, cast in casts])
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:

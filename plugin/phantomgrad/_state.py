@@ -6,6 +6,7 @@ A state is a tensor, or a tuple, list or dict of states. Solvers and gradients w
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -118,6 +119,21 @@ def damped(point: Leaves, image: Leaves, damping: float) -> Leaves:
     if damping == 1.0:
         return image
     return tuple(torch.lerp(z, fz, damping) for z, fz in zip(point, image, strict=True))
+
+
+def tensors_mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of every tensor in its tuples, lists and dicts, of whatever class they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        for key, part in value.items():
+            mapped[key] = tensors_mapped(function, part)
+        return mapped
+    if isinstance(value, tuple | list):
+        parts = [tensors_mapped(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def requires_grad(value: Any) -> bool:

@@ -49,20 +49,15 @@ def record_tape(evaluate: Map, point: Leaves, *, products: int | None = None) ->
     """Evaluate the map at `point`, behind a barrier: the recorded evaluation, and its image."""
     if in_function_transform():
         raise PhantomGradError(BACKWARD_ONLY)
-    compiled = isinstance(evaluate, Cell) and evaluate.compiled
+    cell = evaluate if isinstance(evaluate, Cell) else None
     worthwhile = products is None or products > 1  # an evaluation more costs about as much as it spares one product
-    held = evaluate.holding_constants() if isinstance(evaluate, Cell) and worthwhile else None
-    saved = SavedOnce.where_hooked()
-    if held is None:
-        inputs = _behind_a_barrier(point)
-        with saved.recording() if saved else nullcontext():
-            outputs = evaluate(inputs)
-        return Tape(inputs, outputs, saved, compiled=compiled), outputs
-    inputs = _behind_a_barrier(point)
+    held = cell.holding_constants() if cell is not None and worthwhile else None
+    inputs, saved = _behind_a_barrier(point), SavedOnce.where_hooked()
     with saved.recording() if saved else nullcontext():
-        images = held(inputs)
+        outputs = evaluate(inputs) if held is None else held(inputs)
+    tape = Tape(inputs, outputs, saved, compiled=cell is not None and cell.compiled)
     # Last, so that what the map returns beside the state is that of the evaluation with the whole graph.
-    return Tape(inputs, images, saved, compiled=compiled), evaluate(_behind_a_barrier(point))
+    return tape, outputs if held is None else evaluate(_behind_a_barrier(point))
 
 
 def _behind_a_barrier(point: Leaves) -> Leaves:
